@@ -1,0 +1,30 @@
+# Two commands do all: `make simulate` and `make test`. Each makes what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: simulate test check clean
+
+simulate: .venv/installed
+	$(BIN)/python simulate.py $(ARGS)
+
+test: .venv/tested
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[simulation,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,563 @@
+"""Every setting of a run: typed, checked, with its meaning beside it.
+
+Plain dataclasses without a third-party import, so that any package may name a setting's type.
+The YAML files of this folder give the values; `conf.load` joins the two. `docs/settings.md` is
+written from the docstrings under the fields (`python -m conf`), and a test keeps it true.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+MISSING: Any = "???"
+"""What OmegaConf calls a value that the user has to give."""
+
+
+class SettingError(ValueError):
+    """A setting that is unknown, of the wrong type or out of range. The message names its key."""
+
+
+def _check(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise SettingError(f"{key}={value}: {rule}")
+
+
+def _check_positive(group: str, **values: float) -> None:
+    for name, value in values.items():
+        _check(value > 0, f"{group}.{name}", value, "must be above 0")
+
+
+def utc_seconds(value: str, key: str) -> int:
+    """Seconds since 1970 of an ISO 8601 time; one without an offset is UTC."""
+    try:
+        time = datetime.fromisoformat(value)
+    except ValueError:
+        raise SettingError(f"{key}={value}: must be an ISO 8601 time") from None
+    return int(time.replace(tzinfo=time.tzinfo or UTC).timestamp())
+
+
+# ---------------------------------------------------------------------------- features
+
+
+@dataclass
+class NumericColumn:
+    """A numeric column of the touchpoint table and its public range.
+
+    The value becomes ``(f(x) - f(low)) / (f(high) - f(low))``, cut to [0, 1], with f the identity
+    or log1p. A missing value becomes 0.
+    """
+
+    low: float = 0.0
+    """Smallest value that is told apart; smaller ones count as this."""
+    high: float = 1.0
+    """Largest value that is told apart; larger ones count as this."""
+    log: bool = False
+    """Scale by log1p: for durations, counts and money. Needs low ≥ 0."""
+    known_at_end: bool = False
+    """Measured only when the touchpoint is over (time on site, page views): hidden on the
+    touchpoint at which the decision falls."""
+
+    def __post_init__(self) -> None:
+        _check(self.high > self.low, "data.features.numeric.*.high", self.high, "must be above low")
+        _check(
+            not self.log or self.low >= 0,
+            "data.features.numeric.*.low",
+            self.low,
+            "must be 0 or more where log is set",
+        )
+
+
+@dataclass
+class FeatureConfig:
+    """What a model sees of a touchpoint. Public: the same at every site, never read from data."""
+
+    channels: list[str] = field(default_factory=list)
+    """The channel taxonomy. A channel outside it counts as one further channel, `other`."""
+    max_touchpoints: int = 20
+    """Longest journey; of a longer one the newest touchpoints stay."""
+    campaign_buckets: int = 0
+    """Campaign names are hashed into this many buckets; 0 leaves campaigns out."""
+    clock: bool = True
+    """Use the hour of the day and the day of the week (UTC) of each touchpoint."""
+    gaps: bool = True
+    """Use the log seconds since the previous touchpoint and up to the decision."""
+    categorical: dict[str, list[str]] = field(default_factory=dict)
+    """Further columns and their public lists of values; a value outside counts as `other`."""
+    numeric: dict[str, NumericColumn] = field(default_factory=dict)
+    """Further numeric columns and their public ranges."""
+
+    def __post_init__(self) -> None:
+        _check_positive("data.features", max_touchpoints=self.max_touchpoints)
+        _check(
+            0 <= self.campaign_buckets < 65_000,
+            "data.features.campaign_buckets",
+            self.campaign_buckets,
+            "must be 0 or more and below 65,000",
+        )
+        for name, values in [("channels", self.channels), *self.categorical.items()]:
+            _check(
+                len(set(values)) == len(values),
+                f"data.features.{name}",
+                values,
+                "names a value twice",
+            )
+            _check(
+                len(values) < 65_000,
+                f"data.features.{name}",
+                f"{len(values)} values",
+                "must be fewer than 65,000",
+            )
+        names = ["visitor", "time", "converted", "site", "channel"]
+        names += ["campaign"] if self.campaign_buckets else []
+        names += ["hour", "weekday"] if self.clock else []
+        names += ["gap", "age"] if self.gaps else []
+        names += [*self.categorical, *self.numeric]
+        twice = {name for name in names if names.count(name) > 1}
+        _check(
+            not twice,
+            "data.features",
+            ", ".join(sorted(twice)),
+            "names of further columns must be new (not visitor, time, converted, site, channel, "
+            "nor those of campaign, clock and gaps) and either categorical or numeric",
+        )
+
+
+# ---------------------------------------------------------------------------- data
+
+
+@dataclass
+class DataConfig:
+    """Where journeys come from, how examples are cut from them, and how they fall to sites."""
+
+    name: str = MISSING
+    """Which source: `synthetic` or `table`. Set by the group's file."""
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    """What a model sees of a touchpoint."""
+    lookback_days: float = 30.0
+    """Only touchpoints this recent at the decision belong to the journey."""
+    horizon_days: float = 7.0
+    """The label: does the visitor convert within this time after the decision?"""
+    contributions: int = 1
+    """Most examples of one visitor. 1 makes DP-SGD's guarantee one for the visitor."""
+    holdout: float = 0.2
+    """Share of visitors kept from training, for evaluation. Chosen by a hash of the visitor id."""
+    holdout_from: str | None = None
+    """Temporal split: decisions from this UTC time on are for evaluation, and training sees only
+    decisions whose horizon ends before it. Visitors stay disjoint."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            "data",
+            lookback_days=self.lookback_days,
+            horizon_days=self.horizon_days,
+            contributions=self.contributions,
+        )
+        _check(0 < self.holdout < 1, "data.holdout", self.holdout, "must be between 0 and 1")
+        if self.holdout_from is not None:
+            utc_seconds(self.holdout_from, "data.holdout_from")
+        _check(
+            self.contributions == 1,
+            "data.contributions",
+            self.contributions,
+            "only one example a visitor is supported so far",
+        )
+
+
+@dataclass
+class SyntheticData(DataConfig):
+    """Journeys from a known truth: channel effects, propensity, site differences, season."""
+
+    name: str = "synthetic"
+    """Which source. Set by the group's file."""
+    sites: int = 10
+    """Number of sites."""
+    visitors: int = 3000
+    """Visitors at each site."""
+    heterogeneity: float = 0.5
+    """How much sites differ in channel mix and base rate: 0 all alike, 1 strongly."""
+    base_rate: float = 0.08
+    """Share of decisions that are followed by a conversion, over all sites, roughly."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive("data", sites=self.sites, visitors=self.visitors)
+        _check(self.heterogeneity >= 0, "data.heterogeneity", self.heterogeneity, "must be ≥ 0")
+        _check(0 < self.base_rate < 1, "data.base_rate", self.base_rate, "must be in (0, 1)")
+
+
+@dataclass
+class ColumnNames:
+    """The table's own names of the columns that the product knows. Empty: the table has none."""
+
+    visitor_id: str = "visitor_id"
+    """Who. Without it (sessions of unknown visitors) each row is a visitor of its own."""
+    time: str = "time"
+    """When the touchpoint began: ISO 8601 with UTC or an offset, or a Parquet timestamp."""
+    channel: str = "channel"
+    """By which channel."""
+    campaign: str = ""
+    """Which campaign, free text; used when `features.campaign_buckets` is set."""
+    converted: str = "converted"
+    """Did this touchpoint end in a conversion: true/false, 1/0, yes/no."""
+
+
+@dataclass
+class TableData(DataConfig):
+    """Anyone's touchpoint table, Parquet or CSV, columns mapped by name."""
+
+    name: str = "table"
+    """Which source. Set by the group's file."""
+    path: str = MISSING
+    """The file: `.parquet` or `.csv`."""
+    columns: ColumnNames = field(default_factory=ColumnNames)
+    """The table's own column names."""
+    decision: str = "touchpoint"
+    """When a visitor is judged. `touchpoint`: at the start of one touchpoint of the visitor, drawn
+    by a hash of the visitor id. `snapshot`: at `snapshot_at`, for all. `visit`: a row is a journey
+    of its own and its label is its own conversion (session tables)."""
+    snapshot_at: str | None = None
+    """UTC time of the decision, for `decision: snapshot`."""
+    site_column: str | None = None
+    """Column that says which site a visitor belongs to."""
+    dirichlet_sites: int = 10
+    """Without a site column: so many sites, visitors dealt out at random with a skew (below)."""
+    dirichlet_alpha: float = 1.0
+    """Skew of channels over the dealt-out sites, by Dirichlet(alpha): small is strongly skewed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            self.decision in ("touchpoint", "snapshot", "visit"),
+            "data.decision",
+            self.decision,
+            "must be touchpoint, snapshot or visit",
+        )
+        _check(
+            (self.decision == "snapshot") == (self.snapshot_at is not None),
+            "data.snapshot_at",
+            self.snapshot_at,
+            "is needed with data.decision=snapshot, and only there",
+        )
+        if self.snapshot_at is not None:
+            utc_seconds(self.snapshot_at, "data.snapshot_at")
+        columns, features = self.columns, self.features
+        _check(
+            self.decision != "visit" or not columns.visitor_id,
+            "data.columns.visitor_id",
+            columns.visitor_id,
+            "must be empty with data.decision=visit, where each row is a visitor of its own; with "
+            "ids use data.decision=touchpoint",
+        )
+        timeless = self.decision == "visit" and not features.clock and self.holdout_from is None
+        _check(
+            bool(columns.time) or timeless,
+            "data.columns.time",
+            columns.time,
+            "may be empty only with data.decision=visit, data.features.clock=false and no "
+            "data.holdout_from",
+        )
+        for key in ("channel", "converted"):
+            _check(bool(getattr(columns, key)), f"data.columns.{key}", "", "must not be empty")
+        _check(
+            bool(columns.campaign) or not features.campaign_buckets,
+            "data.columns.campaign",
+            columns.campaign,
+            "is needed with data.features.campaign_buckets",
+        )
+        _check_positive(
+            "data", dirichlet_sites=self.dirichlet_sites, dirichlet_alpha=self.dirichlet_alpha
+        )
+
+
+# ---------------------------------------------------------------------------- model
+
+
+@dataclass
+class ModelConfig:
+    """The conversion model."""
+
+    name: str = MISSING
+    """Which architecture: `logistic`, `mlp`, `gru` or `attention`. Set by the group's file."""
+    base_rate: float = 0.08
+    """Conversion rate that the untrained model predicts (the output bias). Public: guessed, not
+    read from data."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.base_rate < 1, "model.base_rate", self.base_rate, "must be in (0, 1)")
+
+
+@dataclass
+class LogisticConfig(ModelConfig):
+    """Logistic regression on the bag of a journey's touchpoints."""
+
+    name: str = "logistic"
+    """Which architecture. Set by the group's file."""
+
+
+@dataclass
+class MlpConfig(ModelConfig):
+    """A two-layer network on the mean of touchpoint embeddings."""
+
+    name: str = "mlp"
+    """Which architecture. Set by the group's file."""
+    embedding: int = 32
+    """Width of the pooled embedding."""
+    hidden: int = 64
+    """Width of the hidden layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive("model", embedding=self.embedding, hidden=self.hidden)
+
+
+@dataclass
+class GruConfig(ModelConfig):
+    """A gated recurrent network over the touchpoints in order."""
+
+    name: str = "gru"
+    """Which architecture. Set by the group's file."""
+    embedding: int = 16
+    """Width of a touchpoint's embedding."""
+    hidden: int = 32
+    """Width of the recurrent state."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive("model", embedding=self.embedding, hidden=self.hidden)
+
+
+@dataclass
+class AttentionConfig(ModelConfig):
+    """Causal self-attention over the touchpoints, read at the newest one."""
+
+    name: str = "attention"
+    """Which architecture. Set by the group's file."""
+    embedding: int = 32
+    """Width of a touchpoint's embedding; a multiple of `heads`."""
+    heads: int = 2
+    """Number of attention heads."""
+    layers: int = 1
+    """Number of attention blocks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive("model", embedding=self.embedding, heads=self.heads, layers=self.layers)
+        _check(
+            self.embedding % self.heads == 0,
+            "model.embedding",
+            self.embedding,
+            "must be a multiple of model.heads",
+        )
+
+
+# ---------------------------------------------------------------------------- privacy
+
+
+@dataclass
+class PrivacyConfig:
+    """What each site guarantees its visitors while it trains."""
+
+    name: str = MISSING
+    """`visitor_dp` or `unprotected`. Set by the group's file."""
+
+
+@dataclass
+class VisitorDP(PrivacyConfig):
+    """(epsilon, delta)-differential privacy for each visitor, over the whole run (DP-SGD)."""
+
+    name: str = "visitor_dp"
+    """Kind of protection. Set by the group's file."""
+    epsilon: float = 3.0
+    """Privacy loss of a visitor over the whole run, all rounds together; small is private."""
+    delta: float = 1e-5
+    """Probability with which epsilon may be exceeded; below 1 / visitors of a site."""
+    clipping_norm: float = 1.0
+    """L2 bound on what one visitor adds to a gradient."""
+    count_noise: float = 20.0
+    """Standard deviation, in visitors, of the Gaussian noise on a site's visitor count."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            "privacy",
+            epsilon=self.epsilon,
+            clipping_norm=self.clipping_norm,
+            count_noise=self.count_noise,
+        )
+        _check(0 < self.delta < 1, "privacy.delta", self.delta, "must be between 0 and 1")
+
+
+@dataclass
+class Unprotected(PrivacyConfig):
+    """No protection: for comparison on data that may be seen."""
+
+    name: str = "unprotected"
+    """Kind of protection. Set by the group's file."""
+
+
+# ---------------------------------------------------------------------------- training
+
+
+@dataclass
+class OptimizerConfig:
+    """How a site trains within a round."""
+
+    name: str = "sgd"
+    """`sgd` or `adam`."""
+    learning_rate: float = 0.5
+    """Step size."""
+    momentum: float = 0.0
+    """Momentum of sgd, started anew each round."""
+    weight_decay: float = 0.0
+    """L2 penalty."""
+    batch_size: int = 256
+    """Expected number of visitors in a step: each is drawn with probability batch_size / visitors
+    (Poisson sampling)."""
+    local_epochs: float = 1.0
+    """Passes over the site's visitors in a round, in expectation; at least one step."""
+    microbatch: int = 512
+    """Most visitors in memory at once; has no influence on the result beyond rounding."""
+
+    def __post_init__(self) -> None:
+        _check(self.name in ("sgd", "adam"), "optimizer.name", self.name, "must be sgd or adam")
+        _check_positive(
+            "optimizer",
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            local_epochs=self.local_epochs,
+            microbatch=self.microbatch,
+        )
+        _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be in [0, 1)")
+        _check(
+            self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must be 0 or more"
+        )
+
+
+STRATEGIES = (
+    "fedavg",
+    "fedprox",
+    "fedadam",
+    "fedyogi",
+    "fedadagrad",
+    "fedmedian",
+    "fedtrimmedavg",
+)
+
+
+@dataclass
+class StrategyConfig:
+    """How the coordinator combines the sites' updates."""
+
+    name: str = "fedavg"
+    """Which of Flower's strategies: fedavg, fedprox, fedadam, fedyogi, fedadagrad, fedmedian,
+    fedtrimmedavg."""
+    weights: str = "visitors"
+    """`visitors`: by the noised visitor count, capped. `uniform`: all alike. The median and the
+    trimmed mean do not weigh."""
+    weight_cap: float = 4.0
+    """A site weighs at most this many times the median site."""
+    quorum: float = 0.5
+    """Share of the sites whose sound updates a round needs; below it the model stays as it is."""
+    round_timeout_s: float = 600.0
+    """Longest wait for the sites' replies, in seconds."""
+    join_timeout_s: float = 120.0
+    """Longest wait for sites to appear at the start, in seconds."""
+    max_update_norm: float = 100.0
+    """Largest L2 distance of a site's model from the round's model; a farther one is dropped."""
+    proximal_mu: float = 0.0
+    """Weight of FedProx's proximal term."""
+    server_learning_rate: float = 0.05
+    """Step size of the adaptive strategies (fedadam, fedyogi, fedadagrad)."""
+    trim: float = 0.2
+    """Share that fedtrimmedavg cuts from each end."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.name in STRATEGIES,
+            "strategy.name",
+            self.name,
+            f"must be one of {', '.join(STRATEGIES)}",
+        )
+        _check(
+            self.weights in ("visitors", "uniform"),
+            "strategy.weights",
+            self.weights,
+            "must be visitors or uniform",
+        )
+        _check(self.weight_cap >= 1, "strategy.weight_cap", self.weight_cap, "must be 1 or more")
+        _check(0 < self.quorum <= 1, "strategy.quorum", self.quorum, "must be in (0, 1]")
+        _check(self.proximal_mu >= 0, "strategy.proximal_mu", self.proximal_mu, "must be ≥ 0")
+        _check(0 <= self.trim < 0.5, "strategy.trim", self.trim, "must be in [0, 0.5)")
+        _check_positive(
+            "strategy",
+            round_timeout_s=self.round_timeout_s,
+            join_timeout_s=self.join_timeout_s,
+            max_update_norm=self.max_update_norm,
+            server_learning_rate=self.server_learning_rate,
+        )
+
+
+@dataclass
+class RuntimeConfig:
+    """What carries the messages of a simulation."""
+
+    name: str = "local"
+    """`local`: worker processes of this machine. `ray`: Flower's simulation runtime on Ray."""
+    workers: int = 2
+    """Worker processes; each keeps its sites' journeys. 0 runs the sites in this process, for a
+    debugger. The result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        _check(self.name in ("local", "ray"), "runtime.name", self.name, "must be local or ray")
+        _check(self.workers >= 0, "runtime.workers", self.workers, "must be 0 or more")
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+@dataclass
+class Config:
+    """One run, whole."""
+
+    job: str = "train"
+    """What to do: `train`, or `worth_joining` (set by experiment=worth_joining)."""
+    seed: int = 0
+    """Seeds everything that is random in a simulation, the privacy noise included."""
+    rounds: int = 10
+    """Training rounds."""
+    data: DataConfig = MISSING
+    """Where journeys come from."""
+    model: ModelConfig = MISSING
+    """The conversion model."""
+    privacy: PrivacyConfig = MISSING
+    """What each site guarantees its visitors."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How a site trains within a round."""
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    """How updates are combined."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """What carries the messages of a simulation."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.job in ("train", "worth_joining"), "job", self.job, "must be train or worth_joining"
+        )
+        _check(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        _check_positive("", rounds=self.rounds)
+
+
+GROUPS: dict[str, dict[str, type]] = {
+    "data": {"synthetic": SyntheticData, "table": TableData},
+    "model": {
+        "logistic": LogisticConfig,
+        "mlp": MlpConfig,
+        "gru": GruConfig,
+        "attention": AttentionConfig,
+    },
+    "privacy": {"visitor_dp": VisitorDP, "unprotected": Unprotected},
+    "optimizer": {"optimizer": OptimizerConfig},
+    "strategy": {"strategy": StrategyConfig},
+    "runtime": {"runtime": RuntimeConfig},
+}
+"""The settings' classes that a group's YAML file may choose from, by their `name`."""

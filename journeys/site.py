@@ -1,0 +1,21 @@
+"""The journeys of one site, cut into examples and split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from journeys.examples import Examples
+
+
+@dataclass(frozen=True)
+class SiteJourneys:
+    """What one site holds. No visitor is in both parts."""
+
+    name: str
+    train: Examples
+    holdout: Examples
+    holdout_probability: npt.NDArray[np.float32] | None = None
+    """(N_holdout,) true conversion probability of each holdout example; synthetic data only."""

@@ -1,0 +1,91 @@
+"""From a data config to the journeys of every site of a simulation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from conf.schema import DataConfig, SyntheticData, TableData
+from journeys.decisions import decide
+from journeys.encode import encode
+from journeys.errors import JourneyDataError
+from journeys.partition import partition
+from journeys.site import SiteJourneys
+from journeys.split import split
+from journeys.table import read_touchpoints
+
+
+def load_sites(config: DataConfig, seed: int) -> list[SiteJourneys]:
+    """The journeys of each site, in the natural order of their names (site 2 before site 10).
+
+    A site sees its own rows only: a visitor of two sites is judged at each, from what that site
+    knows, as in a deployment. `seed` deals visitors to sites (a table without a site column) or
+    draws the world (synthetic); it has no influence on who is held out.
+
+    Raises:
+        JourneyDataError: The table cannot be used, or a site has fewer than 2 visitors to train on
+            or none held out.
+        SettingError: A setting out of range.
+    """
+    if isinstance(config, SyntheticData):
+        from journeys.synthetic import generate
+
+        world = generate(config, seed)
+        decisions = world.decisions.with_columns(probability=pl.Series(world.probability))
+        decided = _by_site(decisions)
+        return [
+            site_journeys(name, touchpoints, decided[name], config)
+            for name, touchpoints in _by_site(world.touchpoints).items()
+        ]
+    if not isinstance(config, TableData):
+        raise TypeError(f"no source of journeys for {type(config).__name__}")
+    touchpoints = read_touchpoints(config)
+    if config.site_column is None:
+        sites, alpha = config.dirichlet_sites, config.dirichlet_alpha
+        touchpoints = partition(touchpoints, sites, alpha, seed)
+    return [
+        site_journeys(name, touchpoints, decide(touchpoints, config), config)
+        for name, touchpoints in _by_site(touchpoints).items()
+    ]
+
+
+def site_journeys(
+    name: str, touchpoints: pl.DataFrame, decisions: pl.DataFrame, config: DataConfig
+) -> SiteJourneys:
+    """The examples of one site, encoded and split.
+
+    Args:
+        name: The site's name.
+        touchpoints: The site's encoded touchpoint frame.
+        decisions: Its decisions (`decide`), with a Float32 column `probability` where it is known.
+        config: How examples are cut and split.
+    """
+    train, holdout = split(decisions, config)
+    if train.sum() < 2 or not holdout.any():
+        file = Path(config.path).name if isinstance(config, TableData) else "synthetic journeys"
+        raise JourneyDataError(
+            file,
+            f'site "{name}" has {train.sum()} visitors to train on and {holdout.sum()} held out; '
+            "it needs 2 and 1",
+        )
+    examples = encode(touchpoints, decisions, config)
+    probability: npt.NDArray[np.float32] | None = None
+    if "probability" in decisions.columns:
+        probability = decisions["probability"].to_numpy()[holdout]
+    return SiteJourneys(name, examples.take(train), examples.take(holdout), probability)
+
+
+def _by_site(frame: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    parts = frame.partition_by("site", as_dict=True, maintain_order=True)
+    names = sorted((str(key[0]) for key in parts), key=_natural)
+    return {name: parts[(name,)] for name in names}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]

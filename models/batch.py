@@ -1,0 +1,46 @@
+"""The one input type of every model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from journeys.examples import Examples
+
+
+@dataclass(frozen=True)
+class JourneyBatch:
+    """B journeys, right-padded to T touchpoints, oldest first. B may be 0."""
+
+    categorical: Tensor
+    """int64 (B, T, C): index into each categorical feature's vocabulary; 0 is padding."""
+    numeric: Tensor
+    """float32 (B, T, F): scaled to [0, 1]; 0 on padding."""
+    length: Tensor
+    """int64 (B,): touchpoints in the journey, 1 to T."""
+    label: Tensor
+    """float32 (B,): 1 converted within the horizon, 0 not."""
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def mask(self) -> Tensor:
+        """float32 (B, T): 1 on touchpoints, 0 on padding."""
+        steps = torch.arange(self.categorical.shape[1])
+        return (steps < self.length.unsqueeze(1)).to(self.numeric.dtype)
+
+
+def to_batch(examples: Examples, rows: npt.NDArray[np.int64] | slice) -> JourneyBatch:
+    """The examples at `rows` as tensors, cut to the longest journey among them."""
+    length = np.asarray(examples.length[rows])
+    longest = int(length.max(initial=1))
+    return JourneyBatch(
+        categorical=torch.from_numpy(examples.categorical[rows][:, :longest].astype(np.int64)),
+        numeric=torch.from_numpy(np.array(examples.numeric[rows][:, :longest])),
+        length=torch.from_numpy(length.astype(np.int64)),
+        label=torch.from_numpy(np.array(examples.label[rows])),
+    )

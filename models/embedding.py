@@ -1,0 +1,88 @@
+"""Touchpoints as vectors: the first layer of every model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from journeys.features import FeatureSpec
+from models.batch import JourneyBatch
+
+
+class TouchpointEmbedding(nn.Module):
+    """Each touchpoint becomes the sum of its features' embeddings.
+
+    One table serves all categorical features (each has its own range of rows), looked up as
+    `nn.Embedding` without `padding_idx`: padding is masked by the caller, because per-example
+    gradients with `padding_idx` are wrong in some engines (see docs/decisions).
+    """
+
+    def __init__(self, spec: FeatureSpec, width: int) -> None:
+        super().__init__()
+        self.offsets = _offsets(spec)
+        self.table = nn.Embedding(_vocabulary(spec), width)
+        self.numeric = nn.Linear(len(spec.numeric), width) if spec.numeric else None
+        nn.init.normal_(self.table.weight, std=0.5 / max(len(spec.categorical), 1) ** 0.5)
+
+    def forward(self, batch: JourneyBatch) -> Tensor:
+        """float32 (B, T, width); rows of padding are zero."""
+        rows = batch.categorical + self.offsets
+        vectors: Tensor = self.table(rows).sum(dim=2)
+        if self.numeric is not None:
+            vectors = vectors + self.numeric(batch.numeric)
+        return vectors * batch.mask().unsqueeze(2)
+
+
+class TouchpointBag(nn.Module):
+    """A journey as one row: how often each value occurs, and each numeric feature's mean and last.
+
+    Fixed (no parameters), so that a linear layer on top is a plain linear layer per journey.
+    """
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        super().__init__()
+        self.offsets = _offsets(spec)
+        self.vocabulary = _vocabulary(spec)
+        self.width = 2 * self.vocabulary + 2 * len(spec.numeric) + 1
+
+    def forward(self, batch: JourneyBatch) -> Tensor:
+        """float32 (B, width): share of touchpoints with each value, values of the newest
+        touchpoint, numeric means, numeric newest, log of the length / 3."""
+        mask = batch.mask()
+        size = len(batch)
+        rows = batch.categorical + self.offsets
+        share = mask / batch.length.clamp(min=1).unsqueeze(1)
+        bag = torch.zeros(size, self.vocabulary)
+        spread = share.unsqueeze(2).expand(rows.shape)
+        bag.scatter_add_(1, rows.flatten(1), spread.flatten(1))
+        newest = (batch.length - 1).clamp(min=0)
+        picked = torch.arange(size)
+        last = torch.zeros(size, self.vocabulary)
+        last.scatter_(1, rows[picked, newest], 1.0)
+        mean = (batch.numeric * share.unsqueeze(2)).sum(dim=1)
+        length = (batch.length.to(mean.dtype).log() / 3.0).unsqueeze(1)
+        return torch.cat([bag, last, mean, batch.numeric[picked, newest], length], dim=1)
+
+
+def _vocabulary(spec: FeatureSpec) -> int:
+    return sum(size for _, size in spec.categorical)
+
+
+def _offsets(spec: FeatureSpec) -> Tensor:
+    """int64 (C,): the first row of each categorical feature in the common table."""
+    sizes = torch.tensor([0, *(size for _, size in spec.categorical)])
+    return sizes.cumsum(0)[:-1]
+
+
+def newest(sequence: Tensor, batch: JourneyBatch) -> Tensor:
+    """(B, W): of a (B, T, W) sequence the row of each journey's newest touchpoint."""
+    rows = torch.arange(len(batch))
+    return sequence[rows, (batch.length - 1).clamp(min=0)]
+
+
+def output_layer(width: int, base_rate: float) -> nn.Linear:
+    """Logit from `width` features, small at first, with the bias at `base_rate`."""
+    layer = nn.Linear(width, 1)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.constant_(layer.bias, float(torch.logit(torch.tensor(base_rate))))
+    return layer

@@ -1,0 +1,1 @@
+"""Differential privacy for visitors: accounting, calibration, mechanisms, training."""

@@ -1,0 +1,24 @@
+"""What the coordinator asks of a site for one round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.schema import ModelConfig, OptimizerConfig, PrivacyConfig
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One request, the same for every site. A site checks it; it commands nothing."""
+
+    run: str
+    """Identifies the run, over restarts too."""
+    round: int
+    """1 to `rounds`; 0 before the first round (describe)."""
+    rounds: int
+    """Rounds of the whole run: what the privacy budget has to last for."""
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    privacy: PrivacyConfig
+    proximal_mu: float = 0.0
+    """Weight of the pull towards the round's model (FedProx)."""

@@ -1,0 +1,71 @@
+"""What a site answers: all that ever leaves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluation.histogram import ScoreHistogram
+
+Weights = dict[str, npt.NDArray[np.float32]]
+"""A model's parameters by name."""
+
+
+@dataclass(frozen=True)
+class SiteDescription:
+    """The answer to a plan of round 0: who is there."""
+
+    site: str
+    """The site's name in reports."""
+    visitors: float
+    """Noised number of visitors that it trains on, at least 1."""
+
+
+@dataclass(frozen=True)
+class SiteEvaluation:
+    """How a model did on the visitors that the site keeps from training."""
+
+    site: str
+    round: int
+    """The model evaluated is the one after so many rounds."""
+    histogram: ScoreHistogram
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """The answer to a training plan."""
+
+    site: str
+    round: int
+    weights: Weights
+    """The site's model after the round."""
+    epsilon: float | None
+    """The site's own account of a visitor's privacy loss so far, this round included; None where
+    nothing is protected. For the report: nothing is decided by it."""
+    evaluation: SiteEvaluation
+    """Of the round's model as it was received."""
+
+
+@dataclass(frozen=True)
+class SiteRefusal:
+    """The site does not do what the plan asks."""
+
+    site: str
+    round: int
+    reason: str
+    """Names the field, what was asked and what is allowed."""
+
+
+Reply = SiteDescription | SiteEvaluation | SiteUpdate | SiteRefusal
+
+
+@dataclass(frozen=True)
+class SiteFailure:
+    """The coordinator's note of a site without a sound answer."""
+
+    site: str
+    outcome: str
+    """`refused` by the site, `missing` within the time, or `dropped` by the coordinator."""
+    reason: str

@@ -1,0 +1,102 @@
+"""Plans and replies as JSON text, read strictly: an unknown, missing or mistyped field is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from typing import Any, TypeVar
+
+import numpy as np
+
+from conf.schema import GROUPS, ModelConfig, PrivacyConfig
+from evaluation.histogram import ScoreHistogram
+
+T = TypeVar("T")
+
+LARGEST_TEXT = 1_000_000
+"""Characters; a longer text is refused unread."""
+
+_CHOICES: dict[type, dict[str, type]] = {
+    ModelConfig: GROUPS["model"],
+    PrivacyConfig: GROUPS["privacy"],
+}
+
+
+class WireError(ValueError):
+    """A text that is no sound plan or reply. The message names the field."""
+
+
+def to_text(value: object, leave_out: tuple[str, ...] = ()) -> str:
+    """A dataclass as JSON, without its top-level fields `leave_out`. NaN is refused."""
+    fields = {
+        field.name: _plain(getattr(value, field.name))
+        for field in dataclasses.fields(typing.cast(Any, value))
+        if field.name not in leave_out
+    }
+    return json.dumps(fields, allow_nan=False)
+
+
+def from_text(kind: type[T], text: object, **given: object) -> T:
+    """The dataclass that `to_text` wrote; `given` are the fields that it left out.
+
+    Raises `WireError`.
+    """
+    if not isinstance(text, str) or len(text) > LARGEST_TEXT:
+        raise WireError(f"{kind.__name__}: no text, or one that is too long")
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"{kind.__name__}: not JSON") from error
+    return typing.cast(T, _built(kind, read, kind.__name__, given))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ScoreHistogram):
+        return {"negative": value.negative.tolist(), "positive": value.positive.tolist()}
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+
+
+def _built(kind: type, read: object, name: str, given: dict[str, object]) -> object:
+    if not isinstance(read, dict):
+        raise WireError(f"{name}: not an object")
+    if kind in _CHOICES:
+        chosen = _CHOICES[kind].get(str(read.get("name")))
+        if chosen is None:
+            raise WireError(f"{name}.name: no such choice")
+        kind = chosen
+    if kind is ScoreHistogram:
+        return _histogram(read, name)
+    hints = typing.get_type_hints(kind)
+    expected = {field.name for field in dataclasses.fields(kind)} - set(given)
+    for key in expected ^ set(read):
+        raise WireError(f"{name}.{key}: {'missing' if key in expected else 'unknown field'}")
+    values = {key: _value(hints[key], read[key], f"{name}.{key}") for key in expected}
+    try:
+        return kind(**values, **given)
+    except ValueError as error:
+        raise WireError(f"{name}: {error}") from error
+
+
+def _value(hint: Any, read: object, name: str) -> object:
+    if dataclasses.is_dataclass(hint):
+        return _built(typing.cast(type, hint), read, name, {})
+    allowed = typing.get_args(hint) or (hint,)
+    if isinstance(read, int) and not isinstance(read, bool) and float in allowed:
+        read = float(read)
+    if type(read) not in allowed or (isinstance(read, float) and not math.isfinite(read)):
+        raise WireError(f"{name}: not of type {hint}")
+    return read
+
+
+def _histogram(read: dict[Any, Any], name: str) -> ScoreHistogram:
+    if set(read) != {"negative", "positive"}:
+        raise WireError(f"{name}: a histogram has negative and positive counts")
+    try:
+        counts = {key: np.asarray(read[key], dtype=np.float64) for key in read}
+        return ScoreHistogram(**counts)
+    except (ValueError, TypeError) as error:
+        raise WireError(f"{name}: {error}") from error

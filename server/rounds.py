@@ -1,0 +1,105 @@
+"""The coordinator's part of a run: its rounds, one after the other."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from conf.schema import Config, VisitorDP
+from journeys.features import feature_spec
+from models.registry import build
+from models.weights import get_weights
+from protocol.plan import RoundPlan
+from protocol.replies import SiteEvaluation, Weights
+from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.federation import Federation
+from server.history import EvaluationReport, History, RoundReport
+from server.screening import cap_weights, screen_updates
+from server.strategy import Aggregator
+
+Watch = Callable[[RoundReport | EvaluationReport], None]
+"""Called with each report as it is made, for a progress bar."""
+
+
+def run_rounds(
+    federation: Federation, config: Config, sites: int, folder: Path, watch: Watch
+) -> tuple[Weights, EvaluationReport, History]:
+    """Train the global model with `sites` sites; the final model, its evaluation, and the history.
+
+    Goes on from the newest sound checkpoint in `folder`, if there is one, and ends as a run that
+    was never interrupted.
+
+    Raises:
+        JoinError: Too few sites came.
+    """
+    checkpoint = load_checkpoint(folder / "checkpoints") or Checkpoint(
+        0, 0, initial_weights(config), {}
+    )
+    history = History(folder / "metrics.jsonl", keep=checkpoint.records)
+    aggregator = Aggregator(config.strategy)
+    aggregator.restore(checkpoint.strategy)
+    weights = checkpoint.weights
+    plan = first_plan(config, run=folder.name)
+    quorum = max(1, math.ceil(config.strategy.quorum * sites))
+    federation.join(plan, sites, quorum, config.strategy.join_timeout_s)
+
+    def report(made: RoundReport | EvaluationReport) -> None:
+        history.add(made)
+        watch(made)
+
+    for round_ in range(checkpoint.round + 1, config.rounds + 1):
+        started = time.monotonic()
+        # 1. Ask every site to train; each evaluates the model it was sent on the way.
+        plan = replace(plan, round=round_)
+        answers = federation.train(plan, weights, config.strategy.round_timeout_s)
+        # 2. Keep what is sound.
+        sound, failed = screen_updates(answers, weights, config.strategy.max_update_norm)
+        # 3. Combine it, if it is enough; else the model stays as it is.
+        completed = len(sound) >= quorum
+        reason = "" if completed else f"{len(sound)} of {sites} sound updates, {quorum} needed"
+        if completed:
+            counts = _site_weights(federation, config)
+            weights = aggregator.combine(round_, weights, sound, counts)
+        # 4. Put it on record.
+        report(EvaluationReport(round_ - 1, [update.evaluation for update in sound]))
+        seconds = time.monotonic() - started
+        delta = config.privacy.delta if isinstance(config.privacy, VisitorDP) else None
+        report(RoundReport(round_, completed, reason, seconds, delta, sound, failed))
+        save_checkpoint(
+            folder / "checkpoints",
+            Checkpoint(round_, len(history.records), weights, aggregator.state()),
+        )
+
+    evaluated = federation.evaluate(plan, weights, config.strategy.round_timeout_s)
+    final = EvaluationReport(
+        config.rounds, [answer for answer in evaluated if isinstance(answer, SiteEvaluation)]
+    )
+    report(final)
+    return weights, final, history
+
+
+def first_plan(config: Config, run: str) -> RoundPlan:
+    """The plan before the first round; later ones differ in `round` alone."""
+    mu = config.strategy.proximal_mu if config.strategy.name == "fedprox" else 0.0
+    return RoundPlan(
+        run, 0, config.rounds, config.model, config.optimizer, config.privacy, proximal_mu=mu
+    )
+
+
+def initial_weights(config: Config) -> Weights:
+    """The untrained model, drawn from the run's seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return get_weights(build(config.model, feature_spec(config.data.features)))
+
+
+def _site_weights(federation: Federation, config: Config) -> dict[str, float]:
+    visitors = {site: d.visitors for site, d in federation.descriptions.items()}
+    if config.strategy.weights == "uniform":
+        return dict.fromkeys(visitors, 1.0)
+    return cap_weights(visitors, config.strategy.weight_cap)

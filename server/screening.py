@@ -1,0 +1,60 @@
+"""Which updates are sound. One bad site costs its own update, never the round."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from protocol.replies import SiteFailure, SiteUpdate, Weights
+
+
+def screen_updates(
+    answers: list[SiteUpdate | SiteFailure], weights: Weights, max_update_norm: float
+) -> tuple[list[SiteUpdate], list[SiteFailure]]:
+    """The updates that may be averaged, and why the other sites' may not.
+
+    Args:
+        answers: at most one of each site.
+        weights: the round's model, finite.
+        max_update_norm: largest L2 distance of a site's model from the round's.
+    """
+    sound: list[SiteUpdate] = []
+    failed: list[SiteFailure] = []
+    for answer in answers:
+        if isinstance(answer, SiteFailure):
+            failed.append(answer)
+        elif fault := _fault(answer.weights, weights, max_update_norm):
+            failed.append(SiteFailure(answer.site, "dropped", fault))
+        else:
+            sound.append(answer)
+    return sound, failed
+
+
+def cap_weights(visitors: dict[str, float], cap: float) -> dict[str, float]:
+    """What each site counts for: its noised visitor count, at most `cap` times the median.
+
+    A count that is not finite and above 0 counts as 1 visitor: no site can take over by its count.
+    """
+    counts = {
+        site: count if np.isfinite(count) and count >= 1 else 1.0
+        for site, count in visitors.items()
+    }
+    most = cap * float(np.median(list(counts.values())))
+    return {site: min(count, most) for site, count in counts.items()}
+
+
+def _fault(update: Weights, weights: Weights, max_update_norm: float) -> str:
+    if missing := weights.keys() ^ update.keys():
+        return f"weights.{min(missing)}: missing or unknown"
+    for name, value in weights.items():
+        if update[name].shape != value.shape:
+            return f"weights.{name}: shape {update[name].shape} instead of {value.shape}"
+        if not np.isfinite(update[name]).all():
+            return f"weights.{name}: a value is not finite"
+    squares = [
+        float(np.square(update[name].astype(np.float64) - value).sum())
+        for name, value in weights.items()
+    ]
+    norm = float(np.sqrt(sum(squares)))
+    if norm > max_update_norm:
+        return f"update of norm {norm:.3g}, strategy.max_update_norm={max_update_norm:g}"
+    return ""

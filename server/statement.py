@@ -1,0 +1,39 @@
+"""What a run promises its visitors, in plain words."""
+
+from __future__ import annotations
+
+from conf.schema import Config, VisitorDP
+
+
+def privacy_statement(config: Config, epsilon: float | None) -> list[str]:
+    """Sentences for the report and the model's manifest.
+
+    `epsilon` is the largest privacy loss of a visitor over the sites, None where unprotected.
+    """
+    if not isinstance(config.privacy, VisitorDP) or epsilon is None:
+        return [
+            "Nothing protects the visitors in this run: the model may reveal who was in the "
+            "training data and what they did.",
+            "Use it only on data that everyone who sees the model may see.",
+        ]
+    promise = config.privacy
+    return [
+        f"Each visitor's journey is protected by differential privacy with epsilon {epsilon:.3f} "
+        f"at delta {promise.delta:g}, over all rounds together and at each site.",
+        "It means: whatever someone concludes from the model, they would have concluded almost as "
+        "likely had the visitor never been there. The odds of any conclusion about a visitor "
+        f"change by at most a factor of {_factor(epsilon)}, except with probability about "
+        f"{promise.delta:g}.",
+        "The protected unit is the visitor (add or remove one), not the single touchpoint. A "
+        "visitor of several sites is protected at each; the losses of the sites add up.",
+        "The protection covers the trained model and the visitor counts that weigh the sites. "
+        "The evaluation figures on this page come from exact counts on visitors that training "
+        "never saw: they are for the eyes of who runs the simulation.",
+        f"This was a simulation: its noise comes from seed {config.seed} and could be taken off "
+        "by anyone who knows the seed.",
+    ]
+
+
+def _factor(epsilon: float) -> str:
+    factor = 2.718281828459045**epsilon
+    return f"{factor:.1f}" if factor < 100 else f"{factor:.0f}"

@@ -1,0 +1,112 @@
+"""Flower's strategies as the way to combine screened updates."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, RecordDict
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+)
+from flwr.serverapp.strategy.fedopt import FedOpt
+
+from conf.schema import StrategyConfig
+from protocol.replies import SiteUpdate, Weights
+
+_WEIGHT = "num-examples"
+
+
+class Aggregator:
+    """One of Flower's strategies, without its sampling and waiting: `combine` only.
+
+    Updates have passed `screen_updates`, so that what the strategies take for granted holds.
+    """
+
+    def __init__(self, config: StrategyConfig) -> None:
+        self._strategy = _strategy(config)
+
+    def combine(
+        self, round_: int, weights: Weights, updates: list[SiteUpdate], counts: dict[str, float]
+    ) -> Weights:
+        """The next global model.
+
+        Args:
+            round_: 1 for the first.
+            weights: the round's model.
+            updates: one or more, sound.
+            counts: how much each site weighs, above 0; the median and the trimmed mean ignore it.
+        """
+        if isinstance(self._strategy, FedOpt):
+            self._strategy.current_arrays = dict(weights)
+        replies = [_as_reply(update, counts[update.site]) for update in updates]
+        arrays, _ = self._strategy.aggregate_train(round_, replies)
+        assert arrays is not None
+        return {name: arrays[name].numpy().astype(np.float32) for name in weights}
+
+    def state(self) -> Weights:
+        """What the strategy remembers between rounds: moments, by `m.` and `v.` and a name."""
+        moments = self._moments()
+        return {
+            f"{m}.{name}": value for m, values in moments.items() for name, value in values.items()
+        }
+
+    def restore(self, state: Weights) -> None:
+        """Take up `state` of an earlier process."""
+        for moment in self._moments():
+            values = {
+                key.removeprefix(f"{moment}."): value
+                for key, value in state.items()
+                if key.startswith(f"{moment}.")
+            }
+            setattr(self._strategy, f"{moment}_t", values or None)
+
+    def _moments(self) -> dict[str, Weights]:
+        if not isinstance(self._strategy, FedOpt):
+            return {}
+        return {"m": self._strategy.m_t or {}, "v": self._strategy.v_t or {}}
+
+
+def _strategy(config: StrategyConfig) -> FedAvg:
+    common: dict[str, Any] = {"weighted_by_key": _WEIGHT}
+    adaptive = {**common, "eta": config.server_learning_rate}
+    match config.name:
+        case "fedprox":
+            return FedProx(**common, proximal_mu=config.proximal_mu)
+        case "fedadam":
+            return FedAdam(**adaptive)
+        case "fedyogi":
+            return FedYogi(**adaptive)
+        case "fedadagrad":
+            return FedAdagrad(**adaptive)
+        case "fedmedian":
+            return FedMedian(**common)
+        case "fedtrimmedavg":
+            return FedTrimmedAvg(**common, beta=config.trim)
+    return FedAvg(**common)
+
+
+def _as_reply(update: SiteUpdate, weight: float) -> Message:
+    arrays = ArrayRecord({name: Array(value) for name, value in update.weights.items()})
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({_WEIGHT: weight})})
+    return Message(
+        content=content,
+        metadata=Metadata(
+            run_id=0,
+            message_id="",
+            src_node_id=0,
+            dst_node_id=0,
+            reply_to_message_id="",
+            group_id="",
+            created_at=time.time(),
+            ttl=1.0,
+            message_type="train",
+        ),
+    )

@@ -1,0 +1,60 @@
+"""One simulated run, from a config to a report."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+from conf.compose import to_yaml
+from conf.schema import Config
+from evaluation.histogram import ScoreHistogram
+from journeys.features import feature_spec
+from journeys.site import SiteJourneys
+from journeys.sites import load_sites
+from server.federation import Federation
+from server.outcome import Outcome, write_outcome
+from server.rounds import Watch, run_rounds
+from simulation.baseline import last_touch_channel, true_probability
+from simulation.faults import Faults
+from simulation.fleet import Fleet
+from simulation.local_grid import LocalGrid
+
+
+def simulate(config: Config, folder: Path, watch: Watch, faults: Faults | None = None) -> Outcome:
+    """Train with all sites on this machine, and write the run folder.
+
+    Goes on where an interrupted run in `folder` stopped.
+
+    Raises:
+        JourneyDataError: The journeys cannot be used.
+        JoinError: Too few sites answered.
+    """
+    # Flower's strategies log each round on INFO; the round reports say it better.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    sites = load_sites(config.data, config.seed)
+    spec = feature_spec(config.data.features)
+    baselines = _baselines(sites, config)
+    with tempfile.TemporaryDirectory(prefix="journeys-") as journeys:
+        fleet = Fleet.store(sites, spec, config.seed, Path(journeys), folder / "ledgers")
+        del sites
+        if config.runtime.name == "ray":
+            from simulation.ray_runtime import ray_grid
+
+            opened = ray_grid(fleet, config.runtime.workers, faults)
+        else:
+            opened = LocalGrid(fleet, config.runtime.workers, faults)
+        with opened as grid:
+            weights, final, history = run_rounds(
+                Federation(grid), config, len(fleet.names), folder, watch
+            )
+    return write_outcome(config, folder, weights, final, history, baselines)
+
+
+def _baselines(sites: list[SiteJourneys], config: Config) -> dict[str, ScoreHistogram]:
+    baselines = {"last-touch channel": last_touch_channel(sites, feature_spec(config.data.features))}
+    if truth := true_probability(sites):
+        baselines["true probability"] = truth
+    return baselines

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from privacy.optimizer import VisitorDPOptimizer
+
+torch.set_num_threads(1)
+
+float32 = st.floats(width=32, allow_nan=True, allow_infinity=True)
+
+
+def optimizer_over(
+    *gradients: Tensor, noise_multiplier: float = 0.0, clipping_norm: float = 1.0, batch: float = 1
+) -> VisitorDPOptimizer:
+    """An optimizer of step size 1 from 0 over one parameter a gradient of (B, ...)."""
+    parameters = []
+    for gradient in gradients:
+        p = nn.Parameter(torch.zeros(gradient.shape[1:]))
+        p.grad_sample = gradient.clone()  # type: ignore[attr-defined]
+        parameters.append(p)
+    return VisitorDPOptimizer(
+        torch.optim.SGD(parameters, lr=1.0),
+        noise_multiplier=noise_multiplier,
+        clipping_norm=clipping_norm,
+        expected_batch_size=batch,
+        rng=np.random.default_rng(0),
+    )
+
+
+def clipped_sum(*gradients: Tensor, clipping_norm: float = 1.0) -> Tensor:
+    """(P,) what the gradients of (B, ...) add up to, all parameters in one vector."""
+    optimizer = optimizer_over(*gradients, clipping_norm=clipping_norm)
+    optimizer.clip_and_accumulate(len(gradients[0]))
+    optimizer.step()
+    return -torch.cat([p.detach().flatten() for p in optimizer.params])
+
+
+def norm(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector.double()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    entries=st.lists(float32, min_size=1, max_size=12),
+    clipping_norm=st.sampled_from([1e-10, 1e-3, 1.0, 50.0]),
+)
+def test_one_visitor_stays_within_the_clipping_norm(
+    entries: list[float], clipping_norm: float
+) -> None:
+    """Promise 3."""
+    gradient = torch.tensor([entries])
+    added = clipped_sum(gradient, gradient[:, :1], clipping_norm=clipping_norm)
+    assert norm(added) <= clipping_norm * (1 + 1e-6)
+    if not gradient.isfinite().all():
+        assert (added == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e38, 1e20, 1e15, 1.0, 1e-20, 1e-42])
+@pytest.mark.parametrize("parameters", [1, 5000, 500_000])
+def test_clipping_at_any_magnitude(size: float, parameters: int) -> None:
+    # All entries alike: the worst case of rounding, each addition off to the same side.
+    gradient = torch.full((1, parameters), size)
+    added = clipped_sum(gradient)
+    assert norm(added) <= 1 + 1e-6
+    if norm(gradient) < 0.9:
+        assert (added == gradient[0]).all()
+    elif norm(gradient) < 1e19:
+        assert norm(added) >= 1 - 1.1e-7 * (parameters + 10)
+
+
+def test_norm_is_over_all_parameters_together() -> None:
+    added = clipped_sum(torch.full((1, 2, 2), 3.0), torch.full((1, 3), 4.0))
+    full_norm = math.sqrt(4 * 9 + 3 * 16)
+    expected = torch.tensor([3.0] * 4 + [4.0] * 3) / full_norm
+    torch.testing.assert_close(added, expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_broken_gradient_adds_nothing_and_spares_the_others(bad: float) -> None:
+    good = torch.tensor([[0.25, 0.5], [0.5, 0.0]])
+    broken = torch.tensor([[0.25, 0.5], [bad, 0.0], [0.5, 0.0]])
+    unharmed = torch.tensor([[0.1], [0.2], [0.3]])
+    added = clipped_sum(broken, unharmed)
+    assert (added == clipped_sum(good, unharmed[[0, 2]])).all()
+
+
+def noise_deviation(noise_multiplier: float) -> float:
+    """Over 10^6 coordinates, of what a step adds at clipping norm 3 and expected batch 50."""
+    optimizer = optimizer_over(
+        torch.zeros(1, 1000, 1000), noise_multiplier=noise_multiplier, clipping_norm=3.0, batch=50
+    )
+    optimizer.clip_and_accumulate(1)
+    optimizer.step()
+    return float(optimizer.params[0].detach().double().std())
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.7, 2.5])
+def test_noise_has_the_deviation_that_is_accounted(noise_multiplier: float) -> None:
+    """Promise 2: 0.35 % is five standard errors at 10^6 coordinates."""
+    promised = pytest.approx(noise_multiplier * 3.0 / 50, rel=0.0035)
+    assert noise_deviation(noise_multiplier) == promised
+    for miscalibration in (0.98, 1.02):
+        assert noise_deviation(noise_multiplier * miscalibration) != promised
+
+
+def test_noise_is_normal_and_fresh_at_every_step() -> None:
+    optimizer = optimizer_over(torch.zeros(1, 200_000), noise_multiplier=1.0)
+    steps = []
+    for _ in range(2):
+        before = optimizer.params[0].detach().clone()
+        optimizer.step()
+        steps.append((optimizer.params[0].detach() - before).double())
+    first, second = steps
+    assert abs((first * second).mean().item()) < 5 / math.sqrt(200_000)
+    for bound, share in [(1.0, 0.317311), (2.0, 0.045500), (3.0, 0.002700)]:
+        outside = (first.abs() > bound).double().mean().item()
+        assert outside == pytest.approx(share, abs=5 * math.sqrt(share / 200_000))
+
+
+def test_an_empty_batch_adds_noise() -> None:
+    optimizer = optimizer_over(torch.zeros(1, 1000), noise_multiplier=1.0, batch=10)
+    optimizer.step()
+    assert optimizer.params[0].detach().std().item() == pytest.approx(0.1, rel=0.12)
+
+
+def test_parts_of_a_batch_add_up_and_are_forgotten_after_the_step() -> None:
+    gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    whole = clipped_sum(gradient)
+    optimizer = optimizer_over(gradient[:2])
+    (p,) = optimizer.params
+    optimizer.clip_and_accumulate(2)
+    p.grad_sample = gradient[2:].clone()
+    optimizer.clip_and_accumulate(4)
+    optimizer.step()
+    torch.testing.assert_close(-p.detach(), whole)
+    optimizer.step()
+    torch.testing.assert_close(-p.detach(), whole)
+
+
+def test_the_raw_gradient_never_reaches_the_step() -> None:
+    optimizer = optimizer_over(torch.zeros(1, 3))
+    (p,) = optimizer.params
+    p.grad = torch.full((3,), 1e6)
+    optimizer.clip_and_accumulate(1)
+    optimizer.step()
+    assert (p == 0).all()
+
+
+@pytest.mark.parametrize("gradient", [None, torch.zeros(60, 2)])
+def test_gradients_that_are_not_per_visitor_are_refused(gradient: Tensor | None) -> None:
+    optimizer = optimizer_over(torch.zeros(3, 2))
+    optimizer.params[0].grad_sample = gradient
+    with pytest.raises(RuntimeError, match="no gradient for each of 3 visitors"):
+        optimizer.clip_and_accumulate(3)
+
+
+@pytest.mark.parametrize("clipping_norm", [0.0, -1.0, 1e-30, math.nan])
+def test_impossible_clipping_norm_is_refused(clipping_norm: float) -> None:
+    with pytest.raises(ValueError, match="clipping_norm"):
+        optimizer_over(torch.zeros(1, 2), clipping_norm=clipping_norm)
