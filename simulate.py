@@ -23,7 +23,11 @@ HERE = Path(__file__).parent
 @hydra.main(version_base=None, config_path="conf", config_name="config")
 def run_composed(composed: DictConfig) -> None:
     """One run of what Hydra composed, in the folder that Hydra made."""
-    run(to_config(composed), Path(HydraConfig.get().runtime.output_dir))
+    try:
+        run(to_config(composed), Path(HydraConfig.get().runtime.output_dir))
+    except (SettingError, JourneyDataError, JoinError) as error:
+        # Raised further, Hydra would print its own line and a traceback.
+        sys.exit(f"error: {error}")
 
 
 def run(config: Config, folder: Path) -> None:

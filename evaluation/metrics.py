@@ -45,7 +45,8 @@ def metrics(histogram: ScoreHistogram) -> Metrics:
     positives, negatives = float(positive.sum()), float(negative.sum())
     examples = positives + negatives
     base_rate = positives / examples if examples else math.nan
-    if positives <= 0 or negatives <= 0:
+    # Counts with privacy noise are no whole numbers: less than one example is none.
+    if positives < 1 or negatives < 1:
         unknown = math.nan
         return Metrics(examples, base_rate, unknown, unknown, unknown, unknown, unknown)
     predicted = bin_probabilities()
@@ -85,7 +86,7 @@ def calibration_curve(histogram: ScoreHistogram) -> tuple[Floats, Floats, Floats
         np.bincount(group, weights=weight, minlength=CALIBRATION_GROUPS).astype(np.float64)
         for weight in (counts, counts * bin_probabilities(), histogram.positive)
     )
-    filled = size > 0
+    filled = size >= 1
     size = size[filled]
     return predicted[filled] / size, observed[filled] / size, size
 
@@ -105,9 +106,10 @@ def _pr_auc(positive: Floats, negative: Floats) -> float:
     found = positive[::-1].cumsum() - positive[::-1] / 2 + 0.5
     chosen = counts[::-1].cumsum() - counts[::-1] / 2 + 0.5
     precision = np.divide(found, chosen, out=np.zeros_like(found), where=chosen > 0)
-    return float(precision @ positive[::-1] / positive.sum())
+    # Only noise takes it out of [0, 1], and without bound where counts cancel.
+    return float(np.clip(precision, 0, 1) @ positive[::-1] / positive.sum())
 
 
 def _calibration_error(histogram: ScoreHistogram) -> float:
     predicted, observed, size = calibration_curve(histogram)
-    return float(np.abs(predicted - observed) @ size / size.sum())
+    return float(np.abs(predicted - observed) @ size / size.sum()) if size.size else math.nan

@@ -82,7 +82,7 @@ def _windows(
     block = np.searchsorted(visitor[starts], judged)
     if not np.array_equal(visitor[starts].take(block, mode="clip"), judged):
         raise ValueError("a decision is about a visitor without touchpoints")
-    if len(np.unique(block)) != len(block):
+    if np.bincount(block).max(initial=0) > 1:
         raise ValueError("a visitor has two decisions")
 
     # Rows of visitors without a decision lie after it, so that they fall in no window.

@@ -39,8 +39,9 @@ LATEST = 4_102_444_800
 """2100-01-01 UTC in seconds: a later time is taken for an error."""
 
 _ISO_8601 = (
-    r"^\d{4}-\d\d-\d\d(?:[T ](?:[01]\d|2[0-3]):[0-5]\d(?::[0-5]\d(?:\.\d{1,9})?)?"
-    r"(?:Z|[+-](?:0\d|1[0-4]):?[0-5]\d)?)?$"
+    r"^[0-9]{4}-[0-9]{2}-[0-9]{2}"
+    r"(?:[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:\.[0-9]{1,9})?)?"
+    r"(?:Z|[+-](?:0[0-9]|1[0-4]):?[0-5][0-9])?)?$"
 )
 
 
@@ -100,7 +101,11 @@ def in_order(touchpoints: pl.DataFrame) -> pl.DataFrame:
     ahead |= (visitor[1:] == visitor[:-1]) & (time[1:] >= time[:-1])
     if ahead.all():
         return touchpoints
-    return touchpoints.sort("visitor", "time", maintain_order=True)
+    # Two stable sorts by one column each are faster than one by both, and an export is often in
+    # order of time already.
+    if (time[1:] < time[:-1]).any():
+        touchpoints = touchpoints.sort("time", maintain_order=True)
+    return touchpoints.sort("visitor", maintain_order=True)
 
 
 def visitor_starts(visitor: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
@@ -212,17 +217,21 @@ def _read_time(column: str, types: pl.Schema, file: str) -> _Reading:
 def _iso_seconds(cell: pl.Expr) -> pl.Expr:
     """UTC seconds of ISO 8601 text, by parts; null where it is none."""
 
-    def part(offset: int) -> pl.Expr:
-        return cell.str.slice(offset, 2).cast(pl.Int64, strict=False).fill_null(0)
+    def number(text: pl.Expr) -> pl.Expr:
+        return text.cast(pl.Int64, strict=False).fill_null(0)
 
     days = cell.str.slice(0, 10).str.to_date("%Y-%m-%d", strict=False).cast(pl.Int64)
-    zone = cell.str.extract(r"[T ].*([+-]\d\d:?\d\d)$")
-    east = zone.str.slice(0, 1).replace_strict({"+": 1, "-": -1}, default=0, return_dtype=pl.Int64)
-    offset = zone.str.slice(1, 2).cast(pl.Int64) * 3600 + zone.str.slice(-2).cast(pl.Int64) * 60
-    seconds = days * 86400 + part(11) * 3600 + part(14) * 60
+    clock = number(cell.str.slice(11, 2)) * 3600 + number(cell.str.slice(14, 2)) * 60
     # A time to the minute may be followed by an offset at the place of the seconds.
-    seconds += pl.when(cell.str.slice(16, 1) == ":").then(part(17)).otherwise(0)
-    return pl.when(cell.str.contains(_ISO_8601)).then(seconds - (east * offset).fill_null(0))
+    rest = cell.str.slice(16)
+    clock += pl.when(rest.str.starts_with(":")).then(number(rest.str.slice(1, 2))).otherwise(0)
+    zone = rest.str.replace_all(":", "", literal=True).str.tail(5)
+    east = number(zone.str.slice(1, 2)) * 3600 + number(zone.str.slice(3, 2)) * 60
+    offset = (
+        pl.when(zone.str.starts_with("+")).then(east).when(zone.str.starts_with("-")).then(-east)
+    )
+    seconds = days * 86400 + clock - offset.fill_null(0)
+    return pl.when(cell.str.contains(_ISO_8601)).then(seconds)
 
 
 def _read_converted(column: str, types: pl.Schema, file: str) -> _Reading:

@@ -37,7 +37,8 @@ def noise_multiplier(
     0.1 already spends less.
 
     Raises:
-        UnreachableTargetError: `others` alone leave nothing of `epsilon`.
+        UnreachableTargetError: `others` alone leave nothing of `epsilon`, or `delta` is too small
+            to account for (below about 1e-20).
     """
     if not epsilon > 0:
         raise ValueError(f"privacy.epsilon={epsilon}: must be above 0")
@@ -62,24 +63,30 @@ def _noise_multiplier(
 
     # Secant on log epsilon over log noise, kept between the noise known to be too small (low) and
     # the noise known to be enough (high).
-    low, high = _SMALLEST, _LARGEST
+    low, high = 0.0, _LARGEST
     noise, slope = _guess(target, delta, sample_rate, steps, others), -1.0
     aim = (1 - TOLERANCE / 2) * target
     tried: tuple[float, float] | None = None
-    while high / low > 1 + 1e-6:
+    while high > low * (1 + 1e-4):
         now = spent(noise)
         if now > target:
             low = noise
         else:
             high = noise
-            if now >= (1 - TOLERANCE) * target:
+            if now >= (1 - TOLERANCE) * target or noise == _SMALLEST:
                 break
-        if tried is not None and now != tried[1]:
-            slope = min(math.log(now / tried[1]) / math.log(noise / tried[0]), -0.01)
-        tried = (noise, now)
-        noise *= (aim / now) ** (1 / slope)
+        if 0 < now < math.inf:
+            if tried is not None and now != tried[1]:
+                slope = min(math.log(now / tried[1]) / math.log(noise / tried[0]), -0.01)
+            tried = (noise, now)
+            noise = max(noise * (aim / now) ** (1 / slope), _SMALLEST)
         if not low < noise < high:
-            noise = math.sqrt(low * high)
+            noise = math.sqrt(max(low, _SMALLEST) * high)
+    if high == _LARGEST:
+        raise UnreachableTargetError(
+            f"privacy.epsilon={target:g}: no noise reaches it at privacy.delta={delta:g}; "
+            "raise one of the two"
+        )
     return high
 
 
@@ -98,4 +105,4 @@ def _guess(
         e.count * e.sample_rate**2 * math.expm1(min(e.noise_multiplier**-2, 50.0)) for e in others
     )
     each = max(mu_squared - spent, 0.05 * mu_squared) / (steps * sample_rate**2)
-    return min(max(1 / math.sqrt(math.log1p(each)), 2 * _SMALLEST), _LARGEST / 2)
+    return min(max(1 / math.sqrt(math.log1p(each)), _SMALLEST), _LARGEST / 2)

@@ -44,29 +44,39 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._releases: list[Release] = []
-        if path.exists():
-            self._releases = [
-                _read(path, number, line)
-                for number, line in enumerate(path.read_text().splitlines(), 1)
-            ]
+        self._size = 0
 
     def reserve(self, release: Release) -> None:
         """Charge `release`, on disk, unless it is charged already."""
         key = (release.run, release.round, release.name)
-        if any((known.run, known.round, known.name) == key for known in self._releases):
+        if any((known.run, known.round, known.name) == key for known in self.releases()):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(asdict(release)) + "\n")
-        self._releases.append(release)
 
     def epsilon(self, delta: float) -> float:
         """A visitor's privacy loss by everything released so far, at `delta`."""
-        return epsilon([release.event for release in self._releases], delta)
+        return epsilon([release.event for release in self.releases()], delta)
+
+    def releases(self) -> list[Release]:
+        """All releases, those of other processes of this site included.
+
+        Raises:
+            LedgerError: A line cannot be read.
+        """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._size:
+            lines = self.path.read_bytes().splitlines()
+            self._releases = [_read(self.path, i, line) for i, line in enumerate(lines, 1)]
+            self._size = size
+        return self._releases
 
 
-def _read(path: Path, number: int, line: str) -> Release:
+def _read(path: Path, number: int, line: bytes) -> Release:
     try:
-        return Release(**json.loads(line))
+        release = Release(**json.loads(line))
+        _ = release.event  # refuses what no release can have
+        return release
     except (ValueError, TypeError) as error:
         raise LedgerError(f"{path}, line {number}: not a release; the ledger is damaged") from error

@@ -72,9 +72,12 @@ def _weights(records: RecordDict) -> Weights:
         return {}
     try:
         arrays = {name: array.numpy() for name, array in record.items()}
-    except (ValueError, TypeError, EOFError) as error:
+    except Exception as error:
+        # Whatever numpy raises on hostile bytes: ValueError, BadZipFile, MemoryError and more.
         raise WireError("weights: an array that cannot be read") from error
     for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise WireError(f"weights.{name}: an archive instead of an array")
         if array.dtype != np.float32:
             raise WireError(f"weights.{name}: {array.dtype} instead of float32")
     return arrays

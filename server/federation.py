@@ -126,6 +126,10 @@ class Federation:
                 return SiteFailure(name, "dropped", reason)
             if reply.site != name:
                 return SiteFailure(name, "dropped", "answered under another site's name")
+        if isinstance(reply, SiteUpdate):
+            evaluation = reply.evaluation
+            if (evaluation.site, evaluation.round) != (name, plan.round - 1):
+                return SiteFailure(name, "dropped", "evaluated for another site or round")
         return reply
 
 

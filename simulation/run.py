@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from flwr.serverapp import Grid
 
 from conf.compose import to_yaml
-from conf.schema import Config
+from conf.schema import Config, RuntimeConfig, SettingError
 from evaluation.histogram import ScoreHistogram
 from journeys.features import feature_spec
 from journeys.site import SiteJourneys
@@ -19,6 +23,8 @@ from simulation.baseline import last_touch_channel, true_probability
 from simulation.faults import Faults
 from simulation.fleet import Fleet
 from simulation.local_grid import LocalGrid
+
+T = TypeVar("T")
 
 
 def simulate(config: Config, folder: Path, watch: Watch, faults: Faults | None = None) -> Outcome:
@@ -40,17 +46,28 @@ def simulate(config: Config, folder: Path, watch: Watch, faults: Faults | None =
     with tempfile.TemporaryDirectory(prefix="journeys-") as journeys:
         fleet = Fleet.store(sites, spec, config.seed, Path(journeys), folder / "ledgers")
         del sites
-        if config.runtime.name == "ray":
-            from simulation.ray_runtime import ray_grid
-
-            opened = ray_grid(fleet, config.runtime.workers, faults)
-        else:
-            opened = LocalGrid(fleet, config.runtime.workers, faults)
-        with opened as grid:
-            weights, final, history = run_rounds(
-                Federation(grid), config, len(fleet.names), folder, watch
-            )
+        weights, final, history = _with_grid(
+            config.runtime,
+            fleet,
+            faults or Faults(),
+            lambda grid: run_rounds(Federation(grid), config, len(fleet.names), folder, watch),
+        )
     return write_outcome(config, folder, weights, final, history, baselines)
+
+
+def _with_grid(
+    runtime: RuntimeConfig, fleet: Fleet, faults: Faults, coordinate: Callable[[Grid], T]
+) -> T:
+    if runtime.name == "ray":
+        try:
+            from simulation.ray_runtime import run_on_ray
+        except ImportError as error:
+            raise SettingError(
+                "runtime=ray: Ray is missing; install it with pip install -e '.[simulation]'"
+            ) from error
+        return run_on_ray(fleet, max(runtime.workers, 1), coordinate)
+    with LocalGrid(fleet, runtime.workers, faults) as grid:
+        return coordinate(grid)
 
 
 def _baselines(sites: list[SiteJourneys], config: Config) -> dict[str, ScoreHistogram]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.histogram import (
@@ -20,6 +20,7 @@ def _examples(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     return logits, (random.random(count) < 0.2).astype(np.float32)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), sizes=st.lists(st.integers(0, 200), max_size=6))
 def test_histograms_of_sites_add_up_to_that_of_their_union(seed: int, sizes: list[int]) -> None:
     logits, labels = _examples(seed, sum(sizes))
@@ -31,6 +32,7 @@ def test_histograms_of_sites_add_up_to_that_of_their_union(seed: int, sizes: lis
     np.testing.assert_array_equal(summed.positive, union.positive)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 200), row=st.integers(0, 199))
 def test_a_visitor_changes_one_count_by_one(seed: int, count: int, row: int) -> None:
     logits, labels = _examples(seed, count)
@@ -49,6 +51,7 @@ def test_logits_beyond_the_range_are_counted_in_the_outermost_bins() -> None:
     assert histogram.negative.sum() + histogram.positive.sum() == 6
 
 
+@settings(deadline=None)
 @given(logit=st.floats(LOWEST_LOGIT, HIGHEST_LOGIT, width=32))
 def test_a_logit_falls_into_the_bin_whose_probability_is_nearest(logit: float) -> None:
     histogram = ScoreHistogram.of(np.array([logit], np.float32), np.ones(1, np.float32))

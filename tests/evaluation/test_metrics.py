@@ -5,7 +5,7 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.metrics import roc_curve as exact_roc
@@ -44,6 +44,7 @@ realistic_model = {
 }
 
 
+@settings(deadline=None)
 @given(**realistic_model)
 def test_metrics_of_the_histogram_are_those_of_the_scores(
     seed: int, examples: int, centre: float, spread: float, gain: float
@@ -56,6 +57,7 @@ def test_metrics_of_the_histogram_are_those_of_the_scores(
     assert found.pr_auc == pytest.approx(average_precision_score(labels, logits), abs=0.005)
 
 
+@settings(deadline=None)
 @given(**any_model)
 def test_what_the_bins_hide_is_bounded(
     seed: int, examples: int, centre: float, spread: float, gain: float
@@ -127,6 +129,16 @@ def test_one_class_alone_leaves_nothing_to_judge_by(label: float) -> None:
     assert all(math.isnan(value) for value in astuple(found)[2:])
 
 
+def test_noise_that_leaves_less_than_one_example_leaves_nothing_to_judge_by() -> None:
+    five, hardly_any = np.zeros(BINS), np.zeros(BINS)
+    five[200], hardly_any[100] = 5.0, 1e-17
+    for histogram in (ScoreHistogram(five, hardly_any), ScoreHistogram(hardly_any, five)):
+        found = metrics(histogram)
+        assert found.examples == 5
+        assert all(math.isnan(value) for value in astuple(found)[2:])
+    assert len(calibration_curve(ScoreHistogram(hardly_any, hardly_any))[0]) == 0
+
+
 def test_no_examples_leave_nothing_to_judge_by() -> None:
     found = metrics(ScoreHistogram.empty())
     assert found.examples == 0
@@ -144,6 +156,7 @@ def test_roc_curve_has_the_area_that_the_metrics_name_and_passes_the_exact_curve
     assert np.abs(np.interp(false, exact_false, exact_true) - true).max() < 0.02
 
 
+@settings(deadline=None)
 @given(**any_model)
 def test_calibration_groups_hold_all_examples_in_order_of_score(
     seed: int, examples: int, centre: float, spread: float, gain: float
@@ -157,6 +170,7 @@ def test_calibration_groups_hold_all_examples_in_order_of_score(
     assert np.abs(size - examples / 10).max() <= largest_bin + 1
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), examples=st.integers(0, 300), noise=st.floats(0, 20))
 def test_counts_with_privacy_noise_give_finite_metrics_or_nan(
     seed: int, examples: int, noise: float

@@ -39,8 +39,20 @@ def test_spends_the_target_at_the_edges(
 
 
 def test_target_that_the_count_alone_exceeds_is_refused() -> None:
-    with pytest.raises(UnreachableTargetError, match=r"privacy\.epsilon=0\.1"):
+    with pytest.raises(
+        UnreachableTargetError, match=r"privacy\.epsilon=0\.1: .*privacy\.count_noise"
+    ):
         noise_multiplier(0.1, 1e-5, 0.05, 100, (COUNT,))
+
+
+def test_delta_too_small_to_account_for_is_refused() -> None:
+    with pytest.raises(UnreachableTargetError, match=r"privacy\.delta=1e-30"):
+        noise_multiplier(1.0, 1e-30, 0.05, 100)
+
+
+def test_a_target_that_hardly_any_noise_meets_stays_within_it() -> None:
+    noise = noise_multiplier(1e4, 1e-5, 0.5, 3)
+    assert epsilon([PrivacyEvent(noise, 0.5, 3)], 1e-5) <= 1e4
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, float("nan")])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from conf.schema import OptimizerConfig
 from journeys.examples import Examples, concatenate
 from models.batch import JourneyBatch, to_batch
+from models.weights import set_weights
 from privacy.accountant import PrivacyEvent, epsilon
 from privacy.training import LocalTraining, Trainer, Weights, _streams
 
@@ -113,19 +115,45 @@ def test_without_clipping_and_noise_it_is_plain_training(
         np.testing.assert_allclose(trained[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_plain_training_is_the_textbook_step() -> None:
-    training = replace(TRAINING, sample_rate=1.0, steps=1, noise_multiplier=0)
-    weights = new_weights()
-    net = Net()
-    net.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+@pytest.mark.parametrize(
+    ("config", "textbook"),
+    [
+        (OptimizerConfig(), lambda p: torch.optim.SGD(p, 0.5)),
+        (
+            OptimizerConfig(momentum=0.9, weight_decay=0.1),
+            lambda p: torch.optim.SGD(p, 0.5, momentum=0.9, weight_decay=0.1),
+        ),
+        (
+            OptimizerConfig(name="adam", learning_rate=0.01, weight_decay=0.1),
+            lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1),
+        ),
+    ],
+)
+def test_plain_training_is_the_textbook_loop(
+    config: OptimizerConfig, textbook: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> None:
+    training = replace(TRAINING, sample_rate=1.0, steps=3, noise_multiplier=0.0, optimizer=config)
+    weights, net = new_weights(), Net()
+    set_weights(net, weights)
+    optimizer = textbook(list(net.parameters()))
     batch = to_batch(EXAMPLES, slice(None))
-    loss = binary_cross_entropy_with_logits(net(batch), batch.label, reduction="sum")
-    torch.autograd.backward(loss)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = binary_cross_entropy_with_logits(net(batch), batch.label, reduction="sum")
+        torch.autograd.backward(loss / 40)
+        optimizer.step()
     trained = Trainer(Net()).train(weights, EXAMPLES, training, SEED)
     for name, p in net.named_parameters():
-        assert p.grad is not None
-        step = 0.5 * p.grad.numpy() / 40
-        np.testing.assert_allclose(trained[name], weights[name] - step, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(trained[name], p.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_batch_is_a_step_without_protection_too() -> None:
+    decay = OptimizerConfig(learning_rate=0.5, weight_decay=0.2)
+    training = replace(TRAINING, steps=3, noise_multiplier=0.0, optimizer=decay)
+    weights = new_weights()
+    trained = Trainer(Net()).train(weights, some_examples(0), training, SEED)
+    for name in weights:
+        np.testing.assert_allclose(trained[name], weights[name] * 0.9**3, rtol=1e-5)
 
 
 def test_proximal_term_pulls_towards_the_round_s_weights() -> None:
@@ -201,6 +229,7 @@ def test_one_trainer_serves_private_and_plain_training_in_turn() -> None:
         trained = trainer.train(weights, EXAMPLES, training, SEED)
         fresh = Trainer(Net()).train(weights, EXAMPLES, training, SEED)
         assert all((trained[name] == fresh[name]).all() for name in trained)
+        assert all(getattr(p, "grad_sample", None) is None for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.0, ALMOST_NO_NOISE])
@@ -216,7 +245,7 @@ def test_microbatches_only_round(noise_multiplier: float) -> None:
 
 
 def test_each_visitor_is_drawn_independently_at_the_sample_rate() -> None:
-    steps, rate = 2000, 0.2
+    steps, rate = 1000, 0.2
     net = Net()
     training = replace(TRAINING, steps=steps, noise_multiplier=0)
     Trainer(net).train(new_weights(), EXAMPLES, training, SEED)

@@ -402,6 +402,11 @@ def test_a_plot_tells_at_most_six_series_apart() -> None:
         plots.intervals(["row"], dots, "value")
 
 
+def test_labels_of_a_plot_are_not_read_as_formulas() -> None:
+    picture = plots.intervals(["$x^$ </svg>"], {"a": [(0, 1, 2)], "b$_$": [(0, 1, 2)]}, "$_$")
+    assert {"$x^$ </svg>", "b$_$"} <= set(Page(picture).words)
+
+
 def test_plots_leave_matplotlib_as_it_was() -> None:
     before = dict(matplotlib.rcParams)
     plots.over_rounds([0, 1], [0.5, 0.6], {}, {"level": 0.7}, "value", "title")
@@ -478,7 +483,8 @@ def test_a_browser_shows_the_report(tmp_path: Path, scheme: str) -> None:
 @pytest.mark.parametrize("width", [380, 760, 1400])
 def test_the_report_fits_its_window(tmp_path: Path, width: int) -> None:
     """No sideways scrolling, also on a phone: asked from inside a frame of that width."""
-    path = write_report(_write_run(tmp_path, [HOSTILE * 3, "site 1"], title=HOSTILE * 3))
+    endless = "site" * 100
+    path = write_report(_write_run(tmp_path, [endless, "site 1"], title=endless))
     frame = tmp_path / "frame.html"
     frame.write_text(
         f"<iframe src='{path.name}' width={width} height=900 style='border:0'></iframe><p></p>"

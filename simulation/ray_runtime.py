@@ -1,0 +1,48 @@
+"""A simulation on Flower's runtime on Ray: for more than one machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+# Before Ray is imported: software for privacy tells no one that it runs.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from client.app import client_app
+from simulation.fleet import Fleet, open_site
+from simulation.workers import PARTITION
+
+T = TypeVar("T")
+
+
+def run_on_ray(fleet: Fleet, workers: int, coordinate: Callable[[Grid], T]) -> T:
+    """Call `coordinate` with a grid whose sites run in `workers` Ray actors.
+
+    An actor serves whichever site is next, so that each opens the journeys of many; they are
+    memory-mapped from `fleet.journeys`, which every machine has to see.
+    """
+    answers: list[T] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        answers.append(coordinate(grid))
+
+    # `run_simulation` logs that `flwr run` would be newer; that one leaves a server running.
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    run_simulation(
+        server,
+        client_app(lambda context: open_site(fleet, int(context.node_config[PARTITION]))),
+        num_supernodes=len(fleet.names),
+        backend_config={
+            "init_args": {"num_cpus": workers, "log_to_driver": False, "logging_level": "ERROR"},
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        },
+    )
+    return answers[0]

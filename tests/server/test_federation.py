@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    RecordDict,
+)
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from conf.schema import LogisticConfig, OptimizerConfig, Unprotected
+from evaluation.histogram import ScoreHistogram
+from protocol.plan import RoundPlan
+from protocol.records import read_plan, reply_records
+from protocol.replies import (
+    Reply,
+    SiteDescription,
+    SiteEvaluation,
+    SiteFailure,
+    SiteRefusal,
+    SiteUpdate,
+    Weights,
+)
+from server.federation import Federation, JoinError
+
+PLAN = RoundPlan("run", 0, 5, LogisticConfig(), OptimizerConfig(), Unprotected())
+WEIGHTS: Weights = {"w": np.ones(3, np.float32)}
+
+Answer = Callable[[Message, RoundPlan], list[Message]]
+
+
+@dataclass
+class FakeGrid(Grid):
+    """Each node answers by a function; replies come with the next pull."""
+
+    nodes: dict[int, Answer]
+    calls: int = 0
+    asked: list[tuple[int, str, RoundPlan]] = field(default_factory=list)
+    _replies: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        TaskIdentity.task_id = TaskIdentity.run_id = 1
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        return Run.create_empty(run_id=1)
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            message.metadata.__dict__["_message_id"] = f"{node}-{self.calls}"
+            plan, _ = read_plan(message.content)
+            self.asked.append((node, message.metadata.message_type, plan))
+            self._replies += self.nodes[node](message, plan)
+            ids.append(message.metadata.message_id)
+        self.calls += 1
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        # Hands out whatever there is, asked for or not: the worst that a grid may do.
+        replies, self._replies = self._replies, []
+        return replies
+
+    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
+        raise NotImplementedError
+
+
+def update(site: str, round_: int, value: float = 2.0) -> SiteUpdate:
+    evaluation = SiteEvaluation(site, round_ - 1, ScoreHistogram.empty())
+    return SiteUpdate(site, round_, {"w": np.full(3, value, np.float32)}, 0.5, evaluation)
+
+
+def honest(site: str, message: Message, plan: RoundPlan) -> Reply:
+    match message.metadata.message_type:
+        case "query":
+            return SiteDescription(site, 100.0)
+        case "train":
+            return update(site, plan.round)
+    return SiteEvaluation(site, plan.round, ScoreHistogram.empty())
+
+
+def reply(message: Message, answer: Reply) -> Message:
+    return Message(reply_records(answer), reply_to=message)
+
+
+def good(site: str) -> Answer:
+    return lambda message, plan: [reply(message, honest(site, message, plan))]
+
+
+def after_joining(site: str, answer: Answer) -> Answer:
+    """Joins as `site` and then answers by `answer`."""
+
+    def both(message: Message, plan: RoundPlan) -> list[Message]:
+        if message.metadata.message_type == "query":
+            return good(site)(message, plan)
+        return answer(message, plan)
+
+    return both
+
+
+def joined(*nodes: Answer, timeout: float = 5.0, needed: int | None = None) -> Federation:
+    federation = Federation(FakeGrid({10 * i: node for i, node in enumerate(nodes, 1)}))
+    federation.join(PLAN, len(nodes), len(nodes) if needed is None else needed, timeout)
+    return federation
+
+
+def train(federation: Federation, timeout: float = 0.3) -> dict[str, SiteUpdate | SiteFailure]:
+    answers = federation.train(replace(PLAN, round=2), WEIGHTS, timeout)
+    assert len({a.site for a in answers}) == len(answers)
+    return {answer.site: answer for answer in answers}
+
+
+def with_content(content: RecordDict) -> Answer:
+    return lambda message, _: [Message(content, reply_to=message)]
+
+
+def text(kind: str, value: Any) -> RecordDict:
+    return RecordDict({"text": ConfigRecord({kind: value})})
+
+
+def with_array(array: Array) -> RecordDict:
+    records = reply_records(update("bad", 2))
+    records["weights"] = ArrayRecord({"w": array})
+    return records
+
+
+def spoilt(change: Callable[[SiteUpdate], Reply]) -> Answer:
+    return lambda message, _: [reply(message, change(update("bad", 2)))]
+
+
+def numpy_bytes(data: bytes, stype: str = "numpy.ndarray") -> Array:
+    return Array("float32", (3,), stype, data)
+
+
+def archive() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, w=WEIGHTS["w"])
+    return file.getvalue()
+
+
+BAD: dict[str, tuple[Answer, str, str]] = {
+    "error": (
+        lambda m, _: [Message(Error(1, "the process died"), reply_to=m)],
+        "missing",
+        "the process died",
+    ),
+    "error without a reason": (
+        lambda m, _: [Message(Error(1), reply_to=m)],
+        "missing",
+        "the site failed",
+    ),
+    "silence": (lambda m, _: [], "missing", "no reply in"),
+    "refusal": (
+        lambda m, _: [reply(m, SiteRefusal("bad", 2, "privacy.epsilon=9: at most 3"))],
+        "refused",
+        "privacy.epsilon=9: at most 3",
+    ),
+    "earlier round": (
+        spoilt(lambda u: replace(u, round=1)),
+        "dropped",
+        "answered for round 1 instead of 2",
+    ),
+    "later round": (
+        spoilt(lambda u: replace(u, round=3)),
+        "dropped",
+        "answered for round 3 instead of 2",
+    ),
+    "other name": (spoilt(lambda u: replace(u, site="a")), "dropped", "another site's name"),
+    "evaluation under another name": (
+        spoilt(lambda u: replace(u, evaluation=replace(u.evaluation, site="a"))),
+        "dropped",
+        "evaluated for another site or round",
+    ),
+    "evaluation of another round": (
+        spoilt(lambda u: replace(u, evaluation=replace(u.evaluation, round=0))),
+        "dropped",
+        "evaluated for another site or round",
+    ),
+    "other kind": (
+        lambda m, _: [reply(m, SiteDescription("bad", 1e9))],
+        "dropped",
+        "answered with a SiteDescription",
+    ),
+    "no content": (with_content(RecordDict()), "dropped", "without text"),
+    "unknown kind": (with_content(text("Site", "{}")), "dropped", "Site: no such reply"),
+    "plan": (with_content(text("RoundPlan", "{}")), "dropped", "no such reply"),
+    "bytes": (with_content(text("SiteUpdate", b"\x80\x04.")), "dropped", "SiteUpdate"),
+    "number": (with_content(text("SiteUpdate", 7)), "dropped", "SiteUpdate"),
+    "no JSON": (with_content(text("SiteUpdate", "{")), "dropped", "not JSON"),
+    "no object": (with_content(text("SiteUpdate", "[1]")), "dropped", "not an object"),
+    "no fields": (with_content(text("SiteUpdate", "{}")), "dropped", "missing"),
+    "array of garbage": (with_content(with_array(numpy_bytes(b"garbage"))), "dropped", "weights"),
+    "array of nothing": (with_content(with_array(numpy_bytes(b""))), "dropped", "weights"),
+    "zip for an array": (
+        with_content(with_array(numpy_bytes(b"PK\x03\x04garbage"))),
+        "dropped",
+        "weights",
+    ),
+    "archive for an array": (
+        with_content(with_array(numpy_bytes(archive()))),
+        "dropped",
+        "weights.w: an archive",
+    ),
+    "pickle for an array": (
+        with_content(with_array(numpy_bytes(b"\x80\x04N."))),
+        "dropped",
+        "weights",
+    ),
+    "array too large": (
+        with_content(
+            with_array(
+                numpy_bytes(
+                    b"\x93NUMPY\x01\x00v\x00"
+                    + b"{'descr':'<f4','fortran_order':False,'shape':(99999999999999,)}".ljust(117)
+                    + b"\n"
+                )
+            )
+        ),
+        "dropped",
+        "weights",
+    ),
+    "array of another library": (
+        with_content(with_array(numpy_bytes(b"", "torch.tensor"))),
+        "dropped",
+        "weights",
+    ),
+    "float64": (
+        with_content(with_array(Array(np.ones(3)))),
+        "dropped",
+        "weights.w: float64 instead of float32",
+    ),
+    "integers": (
+        with_content(with_array(Array(np.ones(3, np.int32)))),
+        "dropped",
+        "weights.w: int32 instead of float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_one_site_answers_costs_no_other(kind: str) -> None:
+    answer, outcome, reason = BAD[kind]
+    federation = joined(good("a"), after_joining("bad", answer), good("z"))
+
+    answers = train(federation)
+
+    assert list(answers) == ["a", "bad", "z"]
+    assert isinstance(answers["a"], SiteUpdate)
+    assert isinstance(answers["z"], SiteUpdate)
+    failure = answers["bad"]
+    assert isinstance(failure, SiteFailure)
+    assert failure.outcome == outcome
+    assert reason in failure.reason
+
+
+def test_the_first_of_two_replies_counts() -> None:
+    twice: Answer = lambda m, _: [  # noqa: E731
+        reply(m, update("bad", 2, 5.0)),
+        reply(m, update("bad", 2, 7.0)),
+    ]
+
+    answers = train(joined(after_joining("bad", twice), good("b")))
+
+    first = answers["bad"]
+    assert isinstance(first, SiteUpdate)
+    assert first.weights["w"][0] == 5.0
+    assert set(answers) == {"bad", "b"}
+
+
+def test_an_error_first_is_not_made_good_by_a_second_reply() -> None:
+    twice: Answer = lambda m, _: [  # noqa: E731
+        Message(Error(1, "broke"), reply_to=m),
+        reply(m, update("bad", 2)),
+    ]
+
+    answers = train(joined(after_joining("bad", twice), good("b")))
+
+    assert answers["bad"] == SiteFailure("bad", "missing", "broke")
+
+
+def test_a_reply_of_a_node_that_was_not_asked_is_dropped() -> None:
+    def forged(message: Message, plan: RoundPlan) -> list[Message]:
+        false = reply(message, update("ghost", 2))
+        false.metadata.__dict__["_src_node_id"] = 99
+        return [false, *good("a")(message, plan)]
+
+    answers = train(joined(after_joining("a", forged), good("b")))
+
+    assert set(answers) == {"a", "b"}
+    assert all(isinstance(answer, SiteUpdate) for answer in answers.values())
+
+
+def test_a_site_that_did_not_join_is_not_asked_to_train() -> None:
+    refuses: Answer = lambda m, _: [reply(m, SiteRefusal("shy", 0, "privacy: too weak"))]  # noqa: E731
+    federation = joined(good("b"), refuses, good("a"), needed=2)
+
+    answers = train(federation)
+
+    assert list(answers) == ["a", "b"]
+    assert list(federation.descriptions) == ["a", "b"]
+
+
+def test_all_are_asked_and_listed_in_the_order_of_names() -> None:
+    grid = FakeGrid({1: good("c"), 2: good("a"), 3: good("b")})
+    federation = Federation(grid)
+    federation.join(PLAN, 3, 3, 5.0)
+    grid.asked.clear()
+
+    assert list(train(federation)) == ["a", "b", "c"]
+
+    assert [node for node, _, _ in grid.asked] == [2, 3, 1]
+    assert {kind for _, kind, _ in grid.asked} == {"train"}
+    assert {plan.round for _, _, plan in grid.asked} == {2}
+
+
+def test_evaluations() -> None:
+    mixed = after_joining("b", lambda m, _: [Message(Error(1, "broke"), reply_to=m)])
+    federation = joined(good("a"), mixed)
+
+    answers = federation.evaluate(replace(PLAN, round=3), WEIGHTS, 1.0)
+
+    assert [a.site for a in answers] == ["a", "b"]
+    assert isinstance(answers[0], SiteEvaluation)
+    assert answers[0].round == 3
+    assert answers[1] == SiteFailure("b", "missing", "broke")
+
+
+# ------------------------------------------------------------------ bounded waiting
+
+
+def silent(message: Message, plan: RoundPlan) -> list[Message]:
+    return []
+
+
+def test_training_waits_no_longer_than_its_time() -> None:
+    federation = joined(good("a"), after_joining("b", silent))
+    started = time.monotonic()
+
+    answers = train(federation, timeout=0.5)
+
+    assert 0.5 <= time.monotonic() - started < 3.0
+    assert isinstance(answers["a"], SiteUpdate)
+    assert answers["b"] == SiteFailure("b", "missing", "no reply in 0 s")
+
+
+def test_a_late_reply_of_an_earlier_round_does_not_count_for_a_later_one() -> None:
+    held: list[Message] = []
+
+    def late(message: Message, plan: RoundPlan) -> list[Message]:
+        released, held[:] = list(held), [reply(message, update("b", plan.round))]
+        return released
+
+    federation = joined(good("a"), after_joining("b", late))
+    federation.train(replace(PLAN, round=1), WEIGHTS, 0.2)
+
+    answers = train(federation)
+
+    assert answers["b"] == SiteFailure("b", "dropped", "answered for round 1 instead of 2")
+
+
+def test_joining_waits_no_longer_than_its_time() -> None:
+    federation = Federation(FakeGrid({1: good("a")}))
+    started = time.monotonic()
+
+    with pytest.raises(JoinError, match="1 of 4 sites joined within 0 s, 2 are needed"):
+        federation.join(PLAN, expected=4, needed=2, timeout=0.3)
+
+    assert time.monotonic() - started < 3.0
+
+
+# ------------------------------------------------------------------ joining
+
+
+def test_join_without_all_but_with_enough() -> None:
+    federation = Federation(FakeGrid({1: good("a"), 2: good("b")}))
+
+    federation.join(PLAN, expected=3, needed=2, timeout=0.2)
+
+    assert {s: d.visitors for s, d in federation.descriptions.items()} == {"a": 100.0, "b": 100.0}
+
+
+def test_join_error_says_what_to_do_and_why_a_site_did_not_come() -> None:
+    refuses: Answer = lambda m, _: [reply(m, SiteRefusal("b", 0, "privacy.epsilon=9"))]  # noqa: E731
+
+    with pytest.raises(JoinError) as raised:
+        joined(good("a"), refuses, timeout=2.0)
+
+    assert str(raised.value) == (
+        "1 of 2 sites joined within 2 s, 2 are needed (privacy.epsilon=9); start the missing sites "
+        "or lower strategy.quorum"
+    )
+
+
+def test_join_with_no_site_at_all() -> None:
+    federation = Federation(FakeGrid({}))
+
+    with pytest.raises(JoinError, match="0 of 2 sites joined"):
+        federation.join(PLAN, expected=2, needed=1, timeout=0.2)
+
+
+def test_two_sites_of_one_name_are_refused() -> None:
+    with pytest.raises(JoinError, match="two sites call themselves 'shop'"):
+        joined(good("shop"), good("other"), good("shop"))
+
+
+def test_sites_may_be_slow_to_appear() -> None:
+    grid = FakeGrid({1: good("a")})
+    appear = iter([[1], [1], [1, 2]])
+    grid.nodes[2] = good("b")
+    grid.get_node_ids = lambda: next(appear, [1, 2])  # type: ignore[method-assign]
+    federation = Federation(grid)
+
+    federation.join(PLAN, expected=2, needed=2, timeout=5.0)
+
+    assert list(federation.descriptions) == ["a", "b"]

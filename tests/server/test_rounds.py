@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from conf.compose import load
+from conf.schema import Config
+from evaluation.histogram import BINS, ScoreHistogram
+from protocol.plan import RoundPlan
+from protocol.replies import (
+    SiteDescription,
+    SiteEvaluation,
+    SiteFailure,
+    SiteUpdate,
+    Weights,
+)
+from server.checkpoint import load_checkpoint
+from server.federation import Federation
+from server.history import EvaluationReport, History, RoundReport
+from server.rounds import first_plan, initial_weights, run_rounds
+
+SITES = ("a", "b", "c", "d")
+CENTRE = BINS // 2
+
+Behaviour = Callable[[str, int, Weights], Weights | None]
+"""A site's model after a round (site, round, weights); None: no answer."""
+
+
+def towards_one(site: str, round_: int, weights: Weights) -> Weights:
+    return {name: (w + 1) / 2 for name, w in weights.items()}
+
+
+@dataclass
+class FakeFederation:
+    """Sites that train as `behaviour` says. Takes the place of `Federation`."""
+
+    behaviour: Behaviour = towards_one
+    counts: tuple[float, ...] = (10.0, 10.0, 10.0, 10.0)
+
+    def __post_init__(self) -> None:
+        self.descriptions = {
+            s: SiteDescription(s, count) for s, count in zip(SITES, self.counts, strict=True)
+        }
+        self.joined: tuple[int, int, float] | None = None
+        self.plans: list[RoundPlan] = []
+
+    def join(self, plan: RoundPlan, expected: int, needed: int, timeout: float) -> None:
+        self.joined = (expected, needed, timeout)
+
+    def train(
+        self, plan: RoundPlan, weights: Weights, timeout: float
+    ) -> list[SiteUpdate | SiteFailure]:
+        self.plans.append(plan)
+        answers: list[SiteUpdate | SiteFailure] = []
+        for site in SITES:
+            trained = self.behaviour(site, plan.round, weights)
+            if trained is None:
+                answers.append(SiteFailure(site, "missing", "no reply in 5 s"))
+            else:
+                told = 0.1 * plan.round + 0.01 * SITES.index(site)
+                evaluation = SiteEvaluation(site, plan.round - 1, histogram())
+                answers.append(SiteUpdate(site, plan.round, trained, told, evaluation))
+        return answers
+
+    def evaluate(
+        self, plan: RoundPlan, weights: Weights, timeout: float
+    ) -> list[SiteEvaluation | SiteFailure]:
+        self.plans.append(plan)
+        return [
+            SiteEvaluation("a", plan.round, histogram()),
+            SiteFailure("b", "missing", ""),
+        ]
+
+
+def histogram() -> ScoreHistogram:
+    counts = np.zeros(BINS)
+    counts[CENTRE] = 4.0
+    return ScoreHistogram(counts, counts / 4)
+
+
+@lru_cache
+def settings(*overrides: str) -> Config:
+    return load(["debug=tiny", "model=logistic", "rounds=3", *overrides])
+
+
+def run(
+    fake: FakeFederation, config: Config, folder: Path
+) -> tuple[Weights, EvaluationReport, History, list[RoundReport | EvaluationReport]]:
+    watched: list[RoundReport | EvaluationReport] = []
+    answer = run_rounds(cast(Federation, fake), config, len(SITES), folder, watched.append)
+    return *answer, watched
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def rounds(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(folder) if line["kind"] == "round"]
+
+
+def equal(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+def silent_in(round_: int, *sites: str) -> Behaviour:
+    def behaviour(site: str, now: int, weights: Weights) -> Weights | None:
+        return None if now == round_ and site in sites else towards_one(site, now, weights)
+
+    return behaviour
+
+
+def spoilt_in(round_: int, *sites: str) -> Behaviour:
+    def behaviour(site: str, now: int, weights: Weights) -> Weights | None:
+        trained = towards_one(site, now, weights)
+        if now == round_ and site in sites:
+            next(iter(trained.values())).flat[0] = np.nan
+        return trained
+
+    return behaviour
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Weights]]:
+    """The global model that each round starts from, in order."""
+    seen: list[Weights] = []
+    original = FakeFederation.train
+
+    def train(
+        self: FakeFederation, plan: RoundPlan, weights: Weights, timeout: float
+    ) -> list[SiteUpdate | SiteFailure]:
+        seen.append({name: w.copy() for name, w in weights.items()})
+        return original(self, plan, weights, timeout)
+
+    monkeypatch.setattr(FakeFederation, "train", train)
+    yield seen
+
+
+def test_all_rounds_go_well(tmp_path: Path) -> None:
+    config = settings()
+
+    weights, final, history, watched = run(FakeFederation(), config, tmp_path)
+
+    start = initial_weights(config)
+    for name, w in weights.items():
+        np.testing.assert_allclose(w, 1 + (start[name] - 1) / 8, rtol=1e-5)
+    assert [line["kind"] for line in lines(tmp_path)] == ["evaluation", "round"] * 3 + [
+        "evaluation"
+    ]
+    assert lines(tmp_path) == history.records == [report.record() for report in watched]
+    assert (final.round, [e.site for e in final.evaluations]) == (3, ["a"])
+
+
+def test_a_line_of_a_round(tmp_path: Path) -> None:
+    run(FakeFederation(silent_in(2, "b")), settings(), tmp_path)
+
+    line = rounds(tmp_path)[1]
+
+    assert line.pop("seconds") >= 0
+    assert line == {
+        "kind": "round",
+        "round": 2,
+        "completed": True,
+        "reason": "",
+        "epsilon": pytest.approx(0.23),
+        "delta": 1e-5,
+        "sites": {
+            "a": {"outcome": "trained", "reason": "", "epsilon": pytest.approx(0.2)},
+            "b": {"outcome": "missing", "reason": "no reply in 5 s", "epsilon": None},
+            "c": {"outcome": "trained", "reason": "", "epsilon": pytest.approx(0.22)},
+            "d": {"outcome": "trained", "reason": "", "epsilon": pytest.approx(0.23)},
+        },
+    }
+    assert list(line["sites"]) == list(SITES)
+
+
+def test_a_line_of_an_evaluation(tmp_path: Path) -> None:
+    run(FakeFederation(silent_in(2, "b")), settings(), tmp_path)
+
+    evaluations = [line for line in lines(tmp_path) if line["kind"] == "evaluation"]
+
+    assert [line["round"] for line in evaluations] == [0, 1, 2, 3]
+    assert [list(line["sites"]) for line in evaluations] == [
+        list(SITES),
+        ["a", "c", "d"],
+        list(SITES),
+        ["a"],
+    ]
+    assert evaluations[0]["global"]["examples"] == 20.0
+    assert evaluations[1]["global"]["examples"] == 15.0
+    assert evaluations[0]["sites"]["a"]["base_rate"] == 0.2
+
+
+@pytest.mark.parametrize("fail", [silent_in, spoilt_in])
+def test_with_a_quorum_the_round_completes(
+    tmp_path: Path, models: list[Weights], fail: Callable[..., Behaviour]
+) -> None:
+    run(FakeFederation(fail(2, "a", "d")), settings("strategy.quorum=0.5"), tmp_path)
+
+    assert [line["completed"] for line in rounds(tmp_path)] == [True, True, True]
+    assert not equal(models[1], models[2])
+    assert all(np.isfinite(w).all() for w in models[2].values())
+    outcomes = [{s: t["outcome"] for s, t in line["sites"].items()} for line in rounds(tmp_path)]
+    failed = "missing" if fail is silent_in else "dropped"
+    assert outcomes[1] == {"a": failed, "b": "trained", "c": "trained", "d": failed}
+    assert set(outcomes[2].values()) == {"trained"}
+
+
+@pytest.mark.parametrize("fail", [silent_in, spoilt_in])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+def test_below_the_quorum_the_model_stays_bit_identical(
+    tmp_path: Path, models: list[Weights], strategy: str, fail: Callable[..., Behaviour]
+) -> None:
+    config = settings("strategy.quorum=0.51", f"strategy={strategy}")
+
+    run(FakeFederation(fail(2, "a", "d")), config, tmp_path)
+
+    assert [(line["completed"], line["reason"]) for line in rounds(tmp_path)] == [
+        (True, ""),
+        (False, "2 of 4 sound updates, 3 needed"),
+        (True, ""),
+    ]
+    assert equal(models[1], models[2])
+    assert not equal(models[0], models[1])
+
+
+def test_a_failed_round_leaves_the_strategys_memory(tmp_path: Path) -> None:
+    config = settings("strategy.quorum=1", "strategy=fedadam")
+    (tmp_path / "through").mkdir()
+    (tmp_path / "failed").mkdir()
+    run(FakeFederation(), replace(config, rounds=1), tmp_path / "through")
+    run(FakeFederation(silent_in(2, "a")), replace(config, rounds=2), tmp_path / "failed")
+
+    one = load_checkpoint(tmp_path / "through" / "checkpoints")
+    two = load_checkpoint(tmp_path / "failed" / "checkpoints")
+
+    assert one is not None
+    assert two is not None
+    assert (two.round, two.records) == (2, 4)
+    assert equal(one.weights, two.weights)
+    assert equal(one.strategy, two.strategy)
+    assert one.strategy
+
+
+def test_with_no_sound_update_at_all_the_run_goes_on(tmp_path: Path) -> None:
+    run(FakeFederation(silent_in(1, *SITES)), settings(), tmp_path)
+
+    assert [line["completed"] for line in rounds(tmp_path)] == [False, True, True]
+    first = lines(tmp_path)[0]
+    assert first["kind"] == "evaluation"
+    assert first["sites"] == {}
+    assert first["global"]["roc_auc"] is None
+    assert rounds(tmp_path)[0]["epsilon"] is None
+
+
+@pytest.mark.parametrize(("quorum", "needed"), [("0.5", 2), ("0.51", 3), ("1", 4), ("0.01", 1)])
+def test_joining_needs_the_quorum(tmp_path: Path, quorum: str, needed: int) -> None:
+    fake = FakeFederation()
+
+    config = settings(f"strategy.quorum={quorum}", "strategy.join_timeout_s=9")
+    run(fake, config, tmp_path)
+
+    assert fake.joined == (4, needed, 9.0)
+
+
+def test_the_plan(tmp_path: Path) -> None:
+    fake = FakeFederation()
+
+    run(fake, settings("strategy=fedprox"), tmp_path)
+
+    assert [(p.run, p.round, p.rounds) for p in fake.plans] == [
+        (tmp_path.name, 1, 3),
+        (tmp_path.name, 2, 3),
+        (tmp_path.name, 3, 3),
+        (tmp_path.name, 3, 3),
+    ]
+    assert fake.plans[0].proximal_mu == 0.1
+    assert first_plan(settings("strategy=fedavg"), "run").proximal_mu == 0.0
+
+
+@pytest.mark.parametrize(
+    ("override", "share"), [("strategy.weights=visitors", 0.6), ("strategy.weights=uniform", 0.25)]
+)
+def test_sites_weigh_by_their_counts_or_alike(tmp_path: Path, override: str, share: float) -> None:
+    def only_a_moves(site: str, round_: int, weights: Weights) -> Weights:
+        return {name: w + np.float32(site == "a") for name, w in weights.items()}
+
+    config = replace(settings(override), rounds=1)
+    # 30 : 10 : 5 : 5, below the cap of 4 medians
+    weights, *_ = run(FakeFederation(only_a_moves, (30.0, 10.0, 5.0, 5.0)), config, tmp_path)
+
+    start = initial_weights(config)
+    for name, w in weights.items():
+        np.testing.assert_allclose(w - start[name], share, atol=1e-5)
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    assert equal(initial_weights(settings("seed=1")), initial_weights(settings("seed=1")))
+    one, two = (initial_weights(load(["model=gru", f"seed={s}"])) for s in (1, 2))
+    assert not equal(one, two)
+
+
+# ------------------------------------------------------------------ going on
+
+
+class Stopped(Exception):  # noqa: N818
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 5, 6, 7])
+def test_interrupted_after_any_record_it_ends_as_if_it_never_was(
+    tmp_path: Path, strategy: str, after: int
+) -> None:
+    config = settings(f"strategy={strategy}")
+    (tmp_path / "through").mkdir()
+    (tmp_path / "halted").mkdir()
+    weights, *_ = run(FakeFederation(silent_in(2, "b")), config, tmp_path / "through")
+    left = after
+
+    def stop(_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Stopped
+
+    fake = cast(Federation, FakeFederation(silent_in(2, "b")))
+    with pytest.raises(Stopped):
+        run_rounds(fake, config, len(SITES), tmp_path / "halted", stop)
+    resumed, *_ = run(FakeFederation(silent_in(2, "b")), config, tmp_path / "halted")
+
+    assert equal(resumed, weights)
+    told = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in lines(tmp_path / name)]
+        for name in ("through", "halted")
+    ]
+    assert told[0] == told[1]
+
+
+def test_a_finished_run_run_again_trains_no_more(tmp_path: Path) -> None:
+    weights, *_ = run(FakeFederation(), settings(), tmp_path)
+    before = lines(tmp_path)
+
+    fake = FakeFederation()
+    again, final, *_ = run(fake, settings(), tmp_path)
+
+    assert equal(again, weights)
+    assert len(fake.plans) == 1
+    assert final.round == 3
+    assert lines(tmp_path) == before
+
+
+def test_a_history_drops_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"round": 1}\n{"round": 2}\n{"rou')
+
+    history = History(path, keep=2)
+
+    assert history.records == [{"round": 1}, {"round": 2}]
+    assert path.read_text() == '{"round": 1}\n{"round": 2}\n'
+
+
+def test_a_new_run_starts_a_new_history(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"round": 1}\n')
+
+    assert History(path).records == []
+    assert path.read_text() == ""
