@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before Flower is imported anywhere: software for privacy tells no one that it runs.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -14,10 +15,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf.compose import check_overrides, from_yaml, register, to_config
+from conf.compose import (
+    COMPOSE_ERRORS,
+    check_overrides,
+    from_yaml,
+    innermost,
+    register,
+    to_config,
+)
 from conf.schema import Config, SettingError
 
-HERE = Path(__file__).parent
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="config")
@@ -25,7 +34,7 @@ def run_composed(composed: DictConfig) -> None:
     """One run of what Hydra composed, in the folder that Hydra made."""
     try:
         run(to_config(composed), Path(HydraConfig.get().runtime.output_dir))
-    except (SettingError, JourneyDataError, JoinError) as error:
+    except SettingError as error:
         # Raised further, Hydra would print its own line and a traceback.
         sys.exit(f"error: {error}")
 
@@ -34,13 +43,39 @@ def run(config: Config, folder: Path) -> None:
     """Do the config's job in `folder`."""
     from rich.console import Console
 
+    from journeys.errors import JourneyDataError
+    from server.federation import JoinError
+
+    job = {"train": _train, "worth_joining": _worth_joining}[config.job]
+    try:
+        job(config, folder, Console())
+    except (JourneyDataError, JoinError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _train(config: Config, folder: Path, console: Console) -> None:
     from simulation.console import RunProgress, show_outcome
     from simulation.run import simulate
 
-    console = Console()
     with RunProgress(console, config.rounds) as progress:
         outcome = simulate(config, folder, progress.watch)
     show_outcome(console, outcome)
+
+
+def _worth_joining(config: Config, folder: Path, console: Console) -> None:
+    from rich.progress import Progress
+
+    from journeys.sites import load_sites
+    from simulation.comparison import show_results
+    from simulation.worth_joining import compare_approaches
+
+    sites = load_sites(config.data, config.seed)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("trainings", total=None)
+        results = compare_approaches(
+            config, sites, lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    show_results(console, folder, results)
 
 
 def main() -> None:
@@ -56,9 +91,13 @@ def main() -> None:
             return
         check_overrides(overrides)
         register()
+        # Composing fails with Hydra's errors, which it would else print on several lines.
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         run_composed()
     except SettingError as error:
         sys.exit(f"error: {error}")
+    except COMPOSE_ERRORS as error:
+        sys.exit(f"error: {innermost(error)}")
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return answer(message, context, Site.train)
+        return answer(message, context, lambda site, plan, weights: site.train(plan, weights))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return answer(message, context, Site.evaluate)
+        return answer(message, context, lambda site, plan, weights: site.evaluate(plan, weights))
 
     return app
 

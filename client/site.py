@@ -15,6 +15,7 @@ from journeys.site import SiteJourneys
 from models.registry import build
 from models.score import logits
 from models.weights import set_weights
+from privacy.accountant import epsilon
 from privacy.calibration import UnreachableTargetError, noise_multiplier
 from privacy.ledger import Ledger, Release
 from privacy.mechanisms import GaussianCount
@@ -40,7 +41,8 @@ class Site:
         self, journeys: SiteJourneys, spec: FeatureSpec, ledger: Ledger, seed: int, index: int
     ) -> None:
         """`seed` and `index` seed what is random at the site, privacy noise included: simulation
-        only, since whoever knows them can take the noise off."""
+        only, since whoever knows them can take the noise off.
+        """
         self.name = journeys.name
         self._journeys = journeys
         self._spec = spec
@@ -81,12 +83,14 @@ class Site:
         return SiteEvaluation(self.name, round_, histogram)
 
     def _visitors(self, plan: RoundPlan) -> float:
-        count = len(self._journeys.train)
         if isinstance(plan.privacy, Unprotected):
-            return float(count)
-        mechanism = GaussianCount(_visitor_dp(plan).count_noise)
+            return float(len(self._journeys.train))
+        promise = _visitor_dp(plan)
+        mechanism = GaussianCount(promise.count_noise)
+        _check_count(promise, mechanism)
         self._ledger.reserve(Release(plan.run, 0, "count", mechanism.noise, 1.0, 1))
-        return mechanism.release(count, np.random.default_rng(self._seeds(0)))
+        rng = np.random.default_rng(self._seeds(0))
+        return mechanism.release(len(self._journeys.train), rng)
 
     def _local_training(self, plan: RoundPlan) -> LocalTraining:
         """Sample rate, steps and noise, from the plan and the noised visitor count alone."""
@@ -108,9 +112,7 @@ class Site:
             proximal_mu=plan.proximal_mu,
         )
 
-    def _reserve(
-        self, plan: RoundPlan, name: str, noise: float, training: LocalTraining
-    ) -> None:
+    def _reserve(self, plan: RoundPlan, name: str, noise: float, training: LocalTraining) -> None:
         rate, steps = training.sample_rate, training.steps
         self._ledger.reserve(Release(plan.run, plan.round, name, noise, rate, steps))
 
@@ -122,6 +124,17 @@ class Site:
     def _seeds(self, round_: int) -> np.random.SeedSequence:
         seed, index = self._seed
         return np.random.SeedSequence(seed, spawn_key=(index, round_))
+
+
+def _check_count(promise: VisitorDP, mechanism: GaussianCount) -> None:
+    # 1 / (2 noise²) is the mean loss, which epsilon exceeds; exact accounting of so little noise
+    # takes minutes.
+    hopeless = 2 * mechanism.noise**2 * promise.epsilon <= 1
+    if hopeless or epsilon([mechanism.event], promise.delta) >= promise.epsilon:
+        raise PlanRefused(
+            f"privacy.count_noise={promise.count_noise:g}: the visitor count alone spends more "
+            f"than privacy.epsilon={promise.epsilon:g}; raise one of the two"
+        )
 
 
 def _calibrated(promise: VisitorDP, sample_rate: float, steps: int) -> float:

@@ -7,6 +7,7 @@ written from the docstrings under the fields (`python -m conf`), and a test keep
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -20,13 +21,15 @@ class SettingError(ValueError):
 
 
 def _check(holds: bool, key: str, value: object, rule: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingError(f"{key}={value}: must be a finite number")
     if not holds:
         raise SettingError(f"{key}={value}: {rule}")
 
 
 def _check_positive(group: str, **values: float) -> None:
     for name, value in values.items():
-        _check(value > 0, f"{group}.{name}", value, "must be above 0")
+        _check(value > 0, f"{group}.{name}".lstrip("."), value, "must be above 0")
 
 
 def utc_seconds(value: str, key: str) -> int:
@@ -373,7 +376,7 @@ class VisitorDP(PrivacyConfig):
     """Privacy loss of a visitor over the whole run, all rounds together; small is private."""
     delta: float = 1e-5
     """Probability with which epsilon may be exceeded; below 1 / visitors of a site."""
-    clipping_norm: float = 1.0
+    clipping_norm: float = 3.0
     """L2 bound on what one visitor adds to a gradient."""
     count_noise: float = 20.0
     """Standard deviation, in visitors, of the Gaussian noise on a site's visitor count."""
@@ -407,7 +410,7 @@ class OptimizerConfig:
     """`sgd` or `adam`."""
     learning_rate: float = 0.5
     """Step size."""
-    momentum: float = 0.0
+    momentum: float = 0.9
     """Momentum of sgd, started anew each round."""
     weight_decay: float = 0.0
     """L2 penalty."""
@@ -541,7 +544,10 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(
-            self.job in ("train", "worth_joining"), "job", self.job, "must be train or worth_joining"
+            self.job in ("train", "worth_joining"),
+            "job",
+            self.job,
+            "must be train or worth_joining",
         )
         _check(self.seed >= 0, "seed", self.seed, "must be 0 or more")
         _check_positive("", rounds=self.rounds)

@@ -63,10 +63,10 @@ def decide(touchpoints: pl.DataFrame, config: TableData) -> pl.DataFrame:
         {
             "visitor": keys,
             "decision_time": decided,
-            "label": np.logical_or.reduceat(converts, starts) if len(starts) else converts,
+            "label": np.logical_or.reduceat(converts, starts),
         }
     )
     if config.decision == "snapshot":
         seen = (since < 0) & (since > -lookback_seconds(config))
-        decisions = decisions.filter(np.logical_or.reduceat(seen, starts) if len(starts) else seen)
+        decisions = decisions.filter(np.logical_or.reduceat(seen, starts))
     return decisions

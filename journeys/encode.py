@@ -64,7 +64,7 @@ def encode(touchpoints: pl.DataFrame, decisions: pl.DataFrame, config: DataConfi
         numeric[cell, -2] = np.log1p(since) / np.log1p(lookback)
         numeric[cell, -1] = np.log1p(decided[row] - time[source]) / np.log1p(lookback)
     return Examples(
-        categorical=categorical.reshape(*shape, -1),
+        categorical=categorical.reshape(*shape, len(spec.categorical)),
         numeric=numeric.reshape(*shape, len(spec.numeric)),
         length=length.astype(np.int32),
         label=decisions["label"].to_numpy().astype(np.float32),

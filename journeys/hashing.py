@@ -24,9 +24,7 @@ def hash_text(text: pl.Expr) -> pl.Expr:
     return hashed
 
 
-def draw(
-    visitors: npt.NDArray[np.uint64], purpose: str, seed: int = 0
-) -> npt.NDArray[np.uint64]:
+def draw(visitors: npt.NDArray[np.uint64], purpose: str, seed: int = 0) -> npt.NDArray[np.uint64]:
     """One uniform 64-bit number a visitor, fixed by (visitor key, purpose, seed).
 
     Numbers of two purposes or seeds are independent. SplitMix64's finaliser (Steele, Lea and

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import csv
 import difflib
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,7 @@ def read_touchpoints(config: TableData) -> pl.DataFrame:
             not finite. Names the first such row and its column, never the value.
     """
     path = Path(config.path)
+    _refuse_unsound_parquet(path, _wanted(config))
     try:
         table = _scan(path)
         types = table.collect_schema()
@@ -137,13 +140,18 @@ def _scan(path: Path) -> pl.LazyFrame:
     raise JourneyDataError(path.name, "must be a .parquet or a .csv file")
 
 
-def _readings(config: TableData, types: pl.Schema, file: str) -> list[_Reading]:
+def _wanted(config: TableData) -> list[str]:
     names, features = config.columns, config.features
-    wanted: list[str] = [names.channel, names.converted, *features.categorical, *features.numeric]
+    wanted = [names.channel, names.converted, *features.categorical, *features.numeric]
     wanted += [name for name in (names.visitor_id, names.time, config.site_column) if name]
     if features.campaign_buckets:
         wanted.append(names.campaign)
-    _refuse_missing(wanted, types, file)
+    return wanted
+
+
+def _readings(config: TableData, types: pl.Schema, file: str) -> list[_Reading]:
+    names, features = config.columns, config.features
+    _refuse_missing(_wanted(config), types, file)
 
     readings = []
     if names.visitor_id:
@@ -196,6 +204,7 @@ def _read_time(column: str, types: pl.Schema, file: str) -> _Reading:
     kind = types[column]
     cell = pl.col(column)
     if isinstance(kind, pl.String):
+        cell = _text(column, types, file)
         seconds = _iso_seconds(cell)
     elif isinstance(kind, (pl.Datetime, pl.Date)):
         # Polars counts a zoned time in UTC, and one without a zone is taken as UTC.
@@ -306,6 +315,32 @@ def _refuse_bad_rows(
     raise JourneyDataError(file, problem, row=row + 1, column=reading.column)
 
 
+_DECODE = """
+import sys
+import polars
+path, *columns = sys.argv[1:]
+try:
+    table = polars.scan_parquet(path, glob=False)
+    table.select(polars.col(columns).null_count()).collect(engine="streaming")
+except Exception:
+    pass
+"""
+
+
+def _refuse_unsound_parquet(path: Path, columns: Sequence[str]) -> None:
+    """Decode the columns in a process of their own, which a damaged file may kill.
+
+    One flipped byte can make polars ask for an exabyte, and then the whole process aborts. What
+    the child survives with an ordinary exception, the reader names better.
+    """
+    if path.suffix != ".parquet" or not path.is_file():
+        return
+    # -P: no module of the working folder can stand in for polars.
+    command = [sys.executable, "-P", "-c", _DECODE, str(path), *columns]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        raise _unreadable(path)
+
+
 def _unreadable(path: Path) -> JourneyDataError:
     """The error for a file that polars cannot read, with the row where that is to be found."""
     if not path.is_file():
@@ -356,6 +391,8 @@ def _row_keys(frame: pl.DataFrame) -> pl.Series:
         pl.col(name).reinterpret(signed=False) if kind == pl.Float32 else pl.col(name)
         for name, kind in frame.schema.items()
     ]
-    said = frame.select(said=pl.concat_str([cell.cast(pl.String) for cell in cells], separator="\t"))
+    said = frame.select(
+        said=pl.concat_str([cell.cast(pl.String) for cell in cells], separator="\t")
+    )
     before = pl.int_range(pl.len()).over("said")
     return said.select(hash_text(pl.format("{}\t{}", "said", before))).to_series()

@@ -64,4 +64,5 @@ class Block(nn.Module):
         weights = scores.masked_fill(future, float("-inf")).softmax(dim=3)
         seen = (weights @ value).transpose(1, 2).reshape(size, steps, width)
         sequence = sequence + self.join(seen)
-        return sequence + self.narrow(torch.relu(self.widen(self.feed_norm(sequence))))
+        fed: Tensor = self.narrow(torch.relu(self.widen(self.feed_norm(sequence))))
+        return sequence + fed

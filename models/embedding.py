@@ -47,17 +47,18 @@ class TouchpointBag(nn.Module):
 
     def forward(self, batch: JourneyBatch) -> Tensor:
         """float32 (B, width): share of touchpoints with each value, values of the newest
-        touchpoint, numeric means, numeric newest, log of the length / 3."""
+        touchpoint, numeric means, numeric newest, log of the length / 3.
+        """
         mask = batch.mask()
         size = len(batch)
         rows = batch.categorical + self.offsets
         share = mask / batch.length.clamp(min=1).unsqueeze(1)
-        bag = torch.zeros(size, self.vocabulary)
+        bag = mask.new_zeros(size, self.vocabulary)
         spread = share.unsqueeze(2).expand(rows.shape)
         bag.scatter_add_(1, rows.flatten(1), spread.flatten(1))
         newest = (batch.length - 1).clamp(min=0)
         picked = torch.arange(size)
-        last = torch.zeros(size, self.vocabulary)
+        last = mask.new_zeros(size, self.vocabulary)
         last.scatter_(1, rows[picked, newest], 1.0)
         mean = (batch.numeric * share.unsqueeze(2)).sum(dim=1)
         length = (batch.length.to(mean.dtype).log() / 3.0).unsqueeze(1)

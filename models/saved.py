@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import safetensors.numpy
+from safetensors import SafetensorError
 from torch import nn
 
 from conf.schema import GROUPS, FeatureConfig, ModelConfig, NumericColumn, TableData
@@ -92,7 +93,7 @@ def load(path: Path | str) -> SavedModel:
     try:
         manifest = json.loads(path.with_suffix(".json").read_bytes())
         data = path.read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SavedModelError(f"{path.name}: cannot be read with its manifest") from error
     if not isinstance(manifest, dict) or manifest.get("format") != 1:
         raise SavedModelError(f"{path.name}: not a model of format 1")
@@ -101,11 +102,19 @@ def load(path: Path | str) -> SavedModel:
     try:
         model_config = GROUPS["model"][manifest["model"]["name"]](**manifest["model"])
         numeric = {
-            name: NumericColumn(**column) for name, column in manifest["features"]["numeric"].items()
+            name: NumericColumn(**column)
+            for name, column in manifest["features"]["numeric"].items()
         }
         features = FeatureConfig(**{**manifest["features"], "numeric": numeric})
         model = build(model_config, feature_spec(features))
         set_weights(model, safetensors.numpy.load(data))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise SavedModelError(f"{path.name}: the manifest does not fit the weights") from error
     return SavedModel(model.eval(), features, manifest)

@@ -1,4 +1,4 @@
-"""Plans and replies as JSON text, read strictly: an unknown, missing or mistyped field is refused."""
+"""Plans and replies as JSON text. An unknown, missing or mistyped field is refused."""
 
 from __future__ import annotations
 
@@ -85,18 +85,30 @@ def _value(hint: Any, read: object, name: str) -> object:
     if dataclasses.is_dataclass(hint):
         return _built(typing.cast(type, hint), read, name, {})
     allowed = typing.get_args(hint) or (hint,)
-    if isinstance(read, int) and not isinstance(read, bool) and float in allowed:
-        read = float(read)
+    if type(read) is int and float in allowed:
+        read = _float(read)
     if type(read) not in allowed or (isinstance(read, float) and not math.isfinite(read)):
         raise WireError(f"{name}: not of type {hint}")
+    if isinstance(read, str) and any("\ud800" <= letter <= "\udfff" for letter in read):
+        raise WireError(f"{name}: half a character, which no report could hold")
     return read
+
+
+def _float(read: int) -> float:
+    try:
+        return float(read)
+    except OverflowError:
+        return math.inf
 
 
 def _histogram(read: dict[Any, Any], name: str) -> ScoreHistogram:
     if set(read) != {"negative", "positive"}:
         raise WireError(f"{name}: a histogram has negative and positive counts")
+    if not all(isinstance(counts, list) for counts in read.values()) or any(
+        type(count) not in (int, float) for counts in read.values() for count in counts
+    ):
+        raise WireError(f"{name}: counts that are not lists of numbers")
     try:
-        counts = {key: np.asarray(read[key], dtype=np.float64) for key in read}
-        return ScoreHistogram(**counts)
-    except (ValueError, TypeError) as error:
+        return ScoreHistogram(**{k: np.asarray(v, dtype=np.float64) for k, v in read.items()})
+    except (ValueError, OverflowError) as error:
         raise WireError(f"{name}: {error}") from error

@@ -55,9 +55,7 @@ def write_outcome(
         "sites": {
             site: {"metrics": values, "epsilon": spent.get(site)} for site, values in sites.items()
         },
-        "baselines": [
-            {"name": name, **_areas(histogram)} for name, histogram in baselines.items()
-        ],
+        "baselines": [{"name": name, **_areas(histogram)} for name, histogram in baselines.items()],
         "histogram": {
             "negative": final.histogram.negative.tolist(),
             "positive": final.histogram.positive.tolist(),

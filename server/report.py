@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from omegaconf import OmegaConf
 
 from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import calibration_curve, roc_curve
 from server import plots
+from server.page import PAGE
 
 DASH = "–"  # noqa: RUF001
 METRIC_COLUMNS = {
@@ -126,14 +127,13 @@ def write_comparison(
 
 def _write(path: Path, page: Page) -> Path:
     environment = Environment(
-        loader=PackageLoader("server"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["cell"] = _cell
-    text = environment.get_template("report.html.j2").render(page=page)
+    text = environment.from_string(PAGE).render(page=page)
     path.write_text(text, encoding="utf-8")
     return path
 

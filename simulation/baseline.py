@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.histogram import ScoreHistogram
-from journeys.features import FeatureSpec
 from journeys.examples import Examples
+from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
-from flwr.app import Message
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 
 from protocol.records import read_reply, reply_records
 from protocol.replies import SiteUpdate, Weights
@@ -83,7 +82,7 @@ def _spoilt(update: SiteUpdate, fault: Fault) -> RecordDict:
         case Fault.HUGE:
             weights[first].flat[0] = 1e30
         case Fault.SHAPE:
-            weights[first] = weights[first].ravel()[:1]
+            weights[first] = weights[first][np.newaxis]
         case Fault.MISSING_ARRAY:
             del weights[first]
     return reply_records(replace(update, weights=weights))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,8 @@ class Fleet:
             site.train.save(journeys / str(index) / "train")
             site.holdout.save(journeys / str(index) / "holdout")
             if site.holdout_probability is not None:
-                np.save(journeys / str(index) / "probability.npy", site.holdout_probability)
+                file = journeys / str(index) / "probability.npy"
+                np.save(file, site.holdout_probability, allow_pickle=False)
         names = tuple(site.name for site in sites)
         sizes = tuple(len(site.train) for site in sites)
         return cls(names, sizes, spec, seed, journeys, ledgers)
@@ -51,11 +52,13 @@ class Fleet:
             self.names[index],
             Examples.open(folder / "train"),
             Examples.open(folder / "holdout"),
-            np.load(probability, mmap_mode="r") if probability.exists() else None,
+            np.load(probability, mmap_mode="r", allow_pickle=False)
+            if probability.exists()
+            else None,
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def open_site(fleet: Fleet, index: int) -> Site:
     """The site, the same object whenever this process asks for it."""
     ledger = Ledger(fleet.ledgers / f"{index}.jsonl")

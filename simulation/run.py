@@ -16,7 +16,9 @@ from evaluation.histogram import ScoreHistogram
 from journeys.features import feature_spec
 from journeys.site import SiteJourneys
 from journeys.sites import load_sites
+from protocol.replies import Weights
 from server.federation import Federation
+from server.history import EvaluationReport, History
 from server.outcome import Outcome, write_outcome
 from server.rounds import Watch, run_rounds
 from simulation.baseline import last_touch_channel, true_probability
@@ -36,23 +38,38 @@ def simulate(config: Config, folder: Path, watch: Watch, faults: Faults | None =
         JourneyDataError: The journeys cannot be used.
         JoinError: Too few sites answered.
     """
-    # Flower's strategies log each round on INFO; the round reports say it better.
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     sites = load_sites(config.data, config.seed)
-    spec = feature_spec(config.data.features)
     baselines = _baselines(sites, config)
+    weights, final, history = federate(config, sites, folder, watch, faults)
+    return write_outcome(config, folder, weights, final, history, baselines)
+
+
+def federate(
+    config: Config,
+    sites: list[SiteJourneys],
+    folder: Path,
+    watch: Watch,
+    faults: Faults | None = None,
+) -> tuple[Weights, EvaluationReport, History]:
+    """Run the rounds with `sites`; checkpoints, ledgers and `metrics.jsonl` go to `folder`."""
+    # Flower's strategies log each round on INFO; the round reports say it better.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="journeys-") as journeys:
-        fleet = Fleet.store(sites, spec, config.seed, Path(journeys), folder / "ledgers")
-        del sites
-        weights, final, history = _with_grid(
+        fleet = Fleet.store(
+            sites,
+            feature_spec(config.data.features),
+            config.seed,
+            Path(journeys),
+            folder / "ledgers",
+        )
+        return _with_grid(
             config.runtime,
             fleet,
             faults or Faults(),
             lambda grid: run_rounds(Federation(grid), config, len(fleet.names), folder, watch),
         )
-    return write_outcome(config, folder, weights, final, history, baselines)
 
 
 def _with_grid(
@@ -71,7 +88,9 @@ def _with_grid(
 
 
 def _baselines(sites: list[SiteJourneys], config: Config) -> dict[str, ScoreHistogram]:
-    baselines = {"last-touch channel": last_touch_channel(sites, feature_spec(config.data.features))}
+    baselines = {
+        "last-touch channel": last_touch_channel(sites, feature_spec(config.data.features))
+    }
     if truth := true_probability(sites):
         baselines["true probability"] = truth
     return baselines

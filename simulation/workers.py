@@ -32,7 +32,9 @@ class InlineWorker:
     """Runs sites in this process: for a debugger."""
 
     def __init__(self, fleet: Fleet, faults: Faults, deliver: Deliver) -> None:
-        self._app = client_app(lambda context: open_site(fleet, int(context.node_config[PARTITION])))
+        self._app = client_app(
+            lambda context: open_site(fleet, int(context.node_config[PARTITION]))
+        )
         self._faults = faults
         self._deliver = deliver
 
@@ -73,6 +75,7 @@ class ProcessWorker:
         self._faults = faults
         self._deliver = deliver
         self._tasks: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
+        self._closed = False
         self._start()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -83,18 +86,21 @@ class ProcessWorker:
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
+        self._closed = True
         self._tasks.put(None)
-        self._stop()
+        self._process.kill()
         self._thread.join()
+        self._stop()
 
     def _start(self) -> None:
         # spawn: a fork of a process with threads (polars, torch) may hang.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
+        process = context.Process(
             target=_run_worker, args=(theirs, self._fleet, self._faults), daemon=True
         )
-        self._process.start()
+        process.start()
+        self._process = process
         theirs.close()
 
     def _stop(self) -> None:
@@ -105,8 +111,12 @@ class ProcessWorker:
     def _serve(self) -> None:
         while (task := self._tasks.get()) is not None:
             index, message = task
+            left = message.metadata.created_at + message.metadata.ttl - time.time()
+            if left <= 0:
+                self._deliver(_error(message, "another site of its worker took all the time"))
+                continue
             try:
-                reply = self._exchange(index, message)
+                reply = self._exchange(index, message, left)
             except (EOFError, OSError, TimeoutError) as error:
                 if isinstance(error, TimeoutError):
                     reason = "the site did not answer in time"
@@ -114,14 +124,15 @@ class ProcessWorker:
                     reason = "the site's process died"
                 reply = _error(message, reason)
                 self._stop()
+                if self._closed:
+                    return
                 self._start()
             self._deliver(reply)
 
-    def _exchange(self, index: int, message: Message) -> Message:
-        left = message.metadata.created_at + message.metadata.ttl - time.time()
+    def _exchange(self, index: int, message: Message, left: float) -> Message:
         self._connection.send_bytes(index.to_bytes(4, "little"))
         self._connection.send_bytes(_encode(message))
-        if not self._connection.poll(max(left, 0.0)):
+        if not self._connection.poll(left):
             raise TimeoutError
         return _decode(self._connection.recv_bytes())
 

@@ -1,3 +1,6 @@
+"""The template of every page. In a module, since an app bundle of Flower carries no `.j2`."""
+
+PAGE = """\
 <!doctype html>
 <html lang="en">
 <head>
@@ -155,3 +158,4 @@ pre { overflow: auto; font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Cons
 </main>
 </body>
 </html>
+"""

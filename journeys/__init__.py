@@ -1,0 +1,1 @@
+"""From touchpoint tables to encoded, split examples."""

@@ -1,0 +1,1 @@
+"""What runs at the coordinator: rounds, screening, aggregation, checkpoints and reports."""

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conf.compose import load
+from conf.schema import Config
+from journeys.examples import Examples
+from journeys.features import FeatureSpec, feature_spec
+from journeys.site import SiteJourneys
+from protocol.records import plan_records, read_reply
+from protocol.replies import SiteDescription
+from server.federation import Federation
+from server.rounds import first_plan, initial_weights
+from simulation.faults import Fault, Faults
+from simulation.fleet import Fleet, open_site
+from simulation.local_grid import LocalGrid, _pin
+
+CONFIG: Config = load(["debug=tiny", "model=logistic", "privacy=unprotected"])
+SPEC: FeatureSpec = feature_spec(CONFIG.data.features)
+PLAN = first_plan(CONFIG, "run")
+SIZES = (5, 9, 7)
+
+
+def examples(n: int) -> Examples:
+    steps = SPEC.max_touchpoints
+    return Examples(
+        np.ones((n, steps, len(SPEC.categorical)), np.uint16),
+        np.full((n, steps, len(SPEC.numeric)), 0.5, np.float32),
+        np.full(n, steps, np.int32),
+        (np.arange(n) % 2).astype(np.float32),
+    )
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    sites = [SiteJourneys(f"site {i}", examples(n), examples(2)) for i, n in enumerate(SIZES)]
+    return Fleet.store(sites, SPEC, 0, tmp_path / "journeys", tmp_path / "ledgers")
+
+
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=40), st.integers(1, 6))
+def test_pinning_balances(sizes: list[int], workers: int) -> None:
+    pinned = _pin(tuple(sizes), workers)
+
+    load = [sum(s for s, w in zip(sizes, pinned, strict=True) if w == at) for at in range(workers)]
+    assert len(pinned) == len(sizes)
+    # Greedy by size is within 4/3 - 1/(3 workers) of the best (Graham 1969).
+    best = max(sum(sizes) / workers, *sizes)
+    if len(sizes) > workers:
+        best = max(best, sum(sorted(sizes, reverse=True)[workers - 1 : workers + 1]))
+    assert max(load) <= max(sizes) + sum(sizes) / workers
+    assert max(load) - min(load) <= max(sizes)
+    assert max(load) >= best * 0.999 or len(sizes) <= workers
+
+
+def test_equal_sites_are_dealt_out_evenly() -> None:
+    pinned = _pin((500,) * 100, 4)
+
+    assert [pinned.count(worker) for worker in range(4)] == [25] * 4
+
+
+def test_a_fleet_gives_back_what_it_was_given(fleet: Fleet) -> None:
+    assert fleet.sizes == SIZES
+    for index, size in enumerate(SIZES):
+        opened = fleet.open_journeys(index)
+        assert opened.name == f"site {index}"
+        np.testing.assert_array_equal(opened.train.categorical, examples(size).categorical)
+        np.testing.assert_array_equal(opened.train.label, examples(size).label)
+        assert len(opened.holdout) == 2
+        assert opened.holdout_probability is None
+
+
+def test_a_site_is_opened_once_a_process(fleet: Fleet) -> None:
+    assert open_site(fleet, 1) is open_site(fleet, 1)
+    assert open_site(fleet, 1) is not open_site(fleet, 2)
+
+
+def test_every_site_answers_for_itself(fleet: Fleet) -> None:
+    with LocalGrid(fleet, workers=0) as grid:
+        federation = Federation(grid)
+        federation.join(PLAN, 3, 3, 10.0)
+
+    assert {s: d.visitors for s, d in federation.descriptions.items()} == {
+        "site 0": 5.0,
+        "site 1": 9.0,
+        "site 2": 7.0,
+    }
+
+
+def test_flowers_own_calls_work(fleet: Fleet) -> None:
+    with LocalGrid(fleet, workers=0) as grid:
+        message = grid.create_message(plan_records(PLAN), "query", 2, "0")
+        replies = list(grid.send_and_receive([message], timeout=10.0))
+
+        assert list(grid.get_node_ids()) == [1, 2, 3]
+        assert grid.run.run_id == 1
+        assert [read_reply(r.content) for r in replies] == [SiteDescription("site 1", 9.0)]
+        assert replies[0].metadata.src_node_id == 2
+        assert list(grid.pull_messages([message.metadata.message_id])) == []
+
+
+def test_an_error_at_a_site_becomes_a_reply_without_its_text(fleet: Fleet) -> None:
+    for file in (fleet.journeys / "1" / "train").iterdir():
+        file.unlink()
+
+    with LocalGrid(fleet, workers=0) as grid:
+        message = grid.create_message(plan_records(PLAN), "query", 2, "0")
+        [reply] = grid.send_and_receive([message], timeout=10.0)
+
+    assert reply.has_error()
+    assert reply.error.reason == "FileNotFoundError at the site"
+
+
+@pytest.mark.slow
+def test_closing_ends_a_hanging_worker_and_what_is_queued_behind_it(fleet: Fleet) -> None:
+    faults = Faults(((0, 1, Fault.HANG),))
+    children = set(multiprocessing.active_children())
+    with LocalGrid(fleet, workers=1, faults=faults) as grid:
+        records = plan_records(PLAN, initial_weights(CONFIG))
+        for node in (1, 2, 3):
+            grid.push_messages([Message(records, node, "train", group_id="1", ttl=600.0)])
+        time.sleep(0.5)
+        started = time.monotonic()
+
+    assert time.monotonic() - started < 5.0
+    assert set(multiprocessing.active_children()) == children
+
+
+@pytest.mark.slow
+def test_a_site_behind_a_hanging_one_is_not_blamed_for_it(fleet: Fleet) -> None:
+    faults = Faults(((0, 1, Fault.HANG),))
+    records = plan_records(PLAN, initial_weights(CONFIG))
+    with LocalGrid(fleet, workers=1, faults=faults) as grid:
+        messages = [Message(records, node, "train", group_id="1", ttl=2.0) for node in (1, 2, 3)]
+        replies = grid.send_and_receive(messages, timeout=20.0)
+
+    assert {r.metadata.src_node_id: r.error.reason for r in replies} == {
+        1: "the site did not answer in time",
+        2: "another site of its worker took all the time",
+        3: "another site of its worker took all the time",
+    }

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.compose import load
+from conf.schema import Config
+from server.history import EvaluationReport, RoundReport
+from simulation.run import simulate
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[2]
+ROUNDS = 4
+
+
+@cache
+def settings(*overrides: str) -> Config:
+    tiny = ["debug=tiny", "model=logistic", "strategy=fedadam", f"rounds={ROUNDS}"]
+    return load([*tiny, *overrides])
+
+
+def run(folder: Path, *overrides: str) -> Path:
+    simulate(settings(*overrides), folder, lambda _: None)
+    return folder
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Of `metrics.jsonl`, without how long things took."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read]
+
+
+def model(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def ledgers(folder: Path) -> dict[str, list[str]]:
+    return {p.name: p.read_text().splitlines() for p in (folder / "ledgers").iterdir()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    assert model(a) == model(b)
+    assert lines(a) == lines(b)
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a disturbance, in this process. Folders of this name are the same run."""
+    return run(tmp_path_factory.mktemp("through") / "run")
+
+
+# ------------------------------------------------------------------ one result
+
+
+def test_a_run_leaves_its_files(through: Path) -> None:
+    names = {path.name for path in through.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "model.safetensors",
+        "model.json",
+        "summary.json",
+        "report.html",
+        "checkpoints",
+        "ledgers",
+    }
+    kinds = [line["kind"] for line in lines(through)]
+    assert kinds == ["evaluation", "round"] * ROUNDS + ["evaluation"]
+
+
+def test_epsilon_ends_at_the_target(through: Path) -> None:
+    target = settings().privacy.epsilon  # type: ignore[attr-defined]
+    spent = [line["epsilon"] for line in lines(through) if line["kind"] == "round"]
+
+    assert spent == sorted(spent)
+    assert 0.99 * target <= spent[-1] <= target
+    last = [line for line in lines(through) if line["kind"] == "round"][-1]
+    for told in last["sites"].values():
+        assert 0.99 * target <= told["epsilon"] <= target
+
+
+def test_the_same_seed_gives_the_same_run(through: Path, tmp_path: Path) -> None:
+    assert_same(run(tmp_path / "run"), through)
+
+
+def test_another_seed_gives_another_model(through: Path, tmp_path: Path) -> None:
+    assert model(run(tmp_path / "run", "seed=1")) != model(through)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_gives_the_same_run(
+    through: Path, tmp_path: Path, workers: int
+) -> None:
+    assert_same(run(tmp_path / "run", f"runtime.workers={workers}"), through)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_run(through: Path, tmp_path: Path) -> None:
+    # In a process of its own: Ray leaves threads and warnings behind.
+    command(tmp_path / "run", "runtime=ray")
+    assert_same(tmp_path / "run", through)
+
+
+# ------------------------------------------------------------------ going on
+
+
+class Stopped(Exception):  # noqa: N818
+    """The process ends here."""
+
+
+def stop_after(round_: int) -> Any:
+    def watch(report: RoundReport | EvaluationReport) -> None:
+        # The report of a round comes before its checkpoint; the next one's evaluation after it.
+        if isinstance(report, EvaluationReport) and report.round == round_:
+            raise Stopped
+
+    return watch
+
+
+@pytest.mark.parametrize("after", [1, 2, ROUNDS])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    through: Path, tmp_path: Path, after: int
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        simulate(settings(), folder, stop_after(after))
+    trained = min(after + 1, ROUNDS)
+    assert {len(of) for of in ledgers(folder).values()} == {1 + trained}
+
+    simulate(settings(), folder, lambda _: None)
+
+    assert_same(folder, through)
+    # The round that was trained twice is charged once.
+    assert ledgers(folder) == ledgers(through)
+
+
+def test_a_damaged_checkpoint_costs_a_round_and_changes_nothing(
+    through: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        simulate(settings(), folder, stop_after(3))
+    newest = max((folder / "checkpoints").glob("*.safetensors"))
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+
+    simulate(settings(), folder, lambda _: None)
+
+    assert model(folder) == model(through)
+    assert ledgers(folder) == ledgers(through)
+    got, expected = lines(folder), lines(through)
+    # Round 3 was trained again after round 4 had been charged, and says so.
+    repeated, first = got.pop(5), expected.pop(5)
+    assert got == expected
+    assert (repeated["kind"], repeated["round"]) == ("round", 3)
+    assert repeated["epsilon"] == expected[-2]["epsilon"] > first["epsilon"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(folder: Path, *overrides: str) -> None:
+    tiny = ["debug=tiny", "model=logistic", "strategy=fedadam", f"rounds={ROUNDS}"]
+    simulate_py(*tiny, f"hydra.run.dir={folder}", *overrides)
+
+
+def simulate_py(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "simulate.py", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_command_resumes_to_the_same_end(tmp_path: Path) -> None:
+    long = [
+        "debug=tiny",
+        "model=logistic",
+        "strategy=fedadam",
+        "rounds=25",
+        "runtime.workers=2",
+    ]
+    killed, whole = tmp_path / "killed" / "run", tmp_path / "whole" / "run"
+    process = subprocess.Popen(
+        [sys.executable, "simulate.py", *long, f"hydra.run.dir={killed}"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("checkpoints/round-*.sha256")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "summary.json").exists()
+
+    simulate_py(f"resume={killed}")
+    simulate_py(*long, f"hydra.run.dir={whole}")
+
+    assert_same(killed, whole)
+    assert ledgers(killed) == ledgers(whole)
