@@ -48,7 +48,8 @@ def run(config: Config, folder: Path) -> None:
 
     job = {"train": _train, "worth_joining": _worth_joining}[config.job]
     try:
-        job(config, folder, Console())
+        # A file or a pipe says no width: wide enough for every table.
+        job(config, folder, Console(width=None if sys.stdout.isatty() else 140))
     except (JourneyDataError, JoinError) as error:
         sys.exit(f"error: {error}")
 

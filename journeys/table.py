@@ -47,6 +47,15 @@ _ISO_8601 = (
 )
 
 
+_OFFSETS = {
+    f"{sign}{hours:02}{minutes:02}": int(f"{sign}1") * (hours * 3600 + minutes * 60)
+    for sign in "+-"
+    for hours in range(15)
+    for minutes in range(60)
+}
+"""Seconds east of UTC of every offset that `_ISO_8601` lets through."""
+
+
 def touchpoint_schema(features: FeatureConfig, *, with_site: bool) -> pl.Schema:
     """Names and types of the encoded touchpoint frame, in order."""
     spec = feature_spec(features)
@@ -80,7 +89,11 @@ def read_touchpoints(config: TableData) -> pl.DataFrame:
         table = _scan(path)
         types = table.collect_schema()
         readings = _readings(config, types, path.name)
-        frame = table.select(reading.value for reading in readings).collect(engine="streaming")
+        encoded = table.select(reading.value for reading in readings)
+        if config.columns.time:
+            sane = pl.col("time").is_between(EARLIEST, LATEST)
+            encoded = encoded.with_columns(time=pl.when(sane).then("time"))
+        frame = encoded.collect(engine="streaming")
         _refuse_bad_rows(frame, table, readings, path.name)
     except (PolarsError, PanicException, OSError):
         # Polars' messages may quote cells.
@@ -127,7 +140,7 @@ class _Reading:
 
     column: str
     value: pl.Expr
-    """The encoded value; null where the cell is bad."""
+    """The encoded value; null where the cell is bad (or, for a time, absurd)."""
     problems: tuple[tuple[str, pl.Expr], ...] = ()
     """What may be wrong with a cell, and where it is. Looked at only once a cell is bad."""
 
@@ -204,21 +217,19 @@ def _read_time(column: str, types: pl.Schema, file: str) -> _Reading:
     kind = types[column]
     cell = pl.col(column)
     if isinstance(kind, pl.String):
-        cell = _text(column, types, file)
         seconds = _iso_seconds(cell)
     elif isinstance(kind, (pl.Datetime, pl.Date)):
         # Polars counts a zoned time in UTC, and one without a zone is taken as UTC.
         seconds = cell.dt.epoch("s")
     else:
         raise JourneyDataError(file, f"holds {kind}, not times", column=column)
-    sane = seconds.is_between(EARLIEST, LATEST)
     return _Reading(
         column,
-        pl.when(sane).then(seconds).alias("time"),
+        seconds.alias("time"),
         (
-            ("is empty", cell.is_null()),
+            ("is empty", cell.is_null() | (cell.cast(pl.String) == "")),
             ("not ISO-8601", seconds.is_null()),
-            ("is before 1990 or after 2100", ~sane),
+            ("is before 1990 or after 2100", ~seconds.is_between(EARLIEST, LATEST)),
         ),
     )
 
@@ -232,15 +243,11 @@ def _iso_seconds(cell: pl.Expr) -> pl.Expr:
     days = cell.str.slice(0, 10).str.to_date("%Y-%m-%d", strict=False).cast(pl.Int64)
     clock = number(cell.str.slice(11, 2)) * 3600 + number(cell.str.slice(14, 2)) * 60
     # A time to the minute may be followed by an offset at the place of the seconds.
-    rest = cell.str.slice(16)
-    clock += pl.when(rest.str.starts_with(":")).then(number(rest.str.slice(1, 2))).otherwise(0)
-    zone = rest.str.replace_all(":", "", literal=True).str.tail(5)
-    east = number(zone.str.slice(1, 2)) * 3600 + number(zone.str.slice(3, 2)) * 60
-    offset = (
-        pl.when(zone.str.starts_with("+")).then(east).when(zone.str.starts_with("-")).then(-east)
-    )
-    seconds = days * 86400 + clock - offset.fill_null(0)
-    return pl.when(cell.str.contains(_ISO_8601)).then(seconds)
+    second = cell.str.slice(16, 3).str.strip_prefix(":")
+    clock += pl.when(second.str.len_bytes() == 2).then(number(second)).otherwise(0)
+    zone = cell.str.slice(16).str.replace_all(":", "", literal=True).str.tail(5)
+    offset = zone.replace_strict(_OFFSETS, default=0, return_dtype=pl.Int64)
+    return pl.when(cell.str.contains(_ISO_8601)).then(days * 86400 + clock - offset)
 
 
 def _read_converted(column: str, types: pl.Schema, file: str) -> _Reading:

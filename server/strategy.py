@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, RecordDict
@@ -96,7 +96,8 @@ def _strategy(config: StrategyConfig) -> FedAvg:
 def _as_reply(update: SiteUpdate, weight: float) -> Message:
     arrays = ArrayRecord({name: Array(value) for name, value in update.weights.items()})
     content = RecordDict({"arrays": arrays, "metrics": MetricRecord({_WEIGHT: weight})})
-    return Message(
+    # By its metadata: a message is else stamped with the identity of a running Flower task.
+    message: Message = cast(Any, Message)(
         content=content,
         metadata=Metadata(
             run_id=0,
@@ -110,3 +111,4 @@ def _as_reply(update: SiteUpdate, weight: float) -> Message:
             message_type="train",
         ),
     )
+    return message

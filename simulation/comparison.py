@@ -99,7 +99,7 @@ class SweepComparison(Callback):
                 }
             )
         picture = plots.intervals(labels, {"ROC-AUC": areas}, "ROC-AUC")
-        _show(Console(), folder, f"{len(runs)} runs", rows, [("ROC-AUC of each run", picture)], [])
+        _show(Console(width=140), folder, f"{len(runs)} runs", rows, [("ROC-AUC of each run", picture)], [])
 
 
 def _show(

@@ -3,8 +3,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -103,8 +104,8 @@ def equal(a: Weights, b: Weights) -> bool:
     return a.keys() == b.keys() and all(a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-def of_round(round_: int, privacy: PrivacyConfig = PROMISE, **change: object) -> RoundPlan:
-    return cast(RoundPlan, replace(PLAN, round=round_, privacy=privacy, **change))
+def of_round(round_: int, privacy: PrivacyConfig = PROMISE, **change: Any) -> RoundPlan:
+    return replace(PLAN, round=round_, privacy=privacy, **change)
 
 
 def train_all(site: Site, weights: Weights, privacy: PrivacyConfig) -> Iterator[SiteUpdate]:
@@ -156,7 +157,7 @@ def test_epsilon_grows_to_the_target_and_never_beyond(
 
     spent = [epsilon for epsilon in told if epsilon is not None]
     assert len(spent) == ROUNDS
-    assert all(a < b for a, b in zip(spent, spent[1:], strict=False))
+    assert all(a < b for a, b in pairwise(spent))
     assert 0.99 * PROMISE.epsilon <= spent[-1] <= PROMISE.epsilon
     assert spent[-1] == ledger.epsilon(PROMISE.delta)
 

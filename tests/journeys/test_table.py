@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import base64
 import io
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -406,8 +408,28 @@ def test_damaged_parquet(tmp_path: Path, content: bytes) -> None:
     check_reads_or_refuses(tmp_path / "t.parquet", content)
 
 
-def test_parquet_that_aborts_polars_is_refused() -> None:
-    # One flipped byte of a validity bitmap: polars asks for 2^61 bytes and aborts its process.
-    damaged = Path(__file__).with_name("damaged.parquet")
+ABORTING = (
+    "eNqFUs1u00AQ3jVJKKKHHjIrW/LBl1qtiIrjktpGXDYQkkApbiQahZubtUlEaqP81AkX3oHXgQNPwBNw4MCpvABH"
+    "ZhITbjDSzs83s58/724oe3UogQ32KQbGWBlXfBWNJxVM1HgaD+fAQICowQfYgwogfovmPt3l5Y8Mdo0Gq+wZ+u3h"
+    "KErTeAJM6GIplnbH3mFIWYVqwcxx1ck5SIhwDfQ/hBqiOuflpLLluzPM0ut4Oo/VmlEJZd9w+zNnhik64AvcgdkN"
+    "hxNKQTMedUrTLJtDCTXta1s9++zUpAHC/nIWqNAN06jZX7j57/8QPzSoMvurZv5fn/ilgWDiGxe6vYOhSkL1Xdnr"
+    "vew/nA1HeLj6d36f7ESStcj511gvz4t6DT2XciYfr+O5vBdiP88J70r5ppjrUnTINcm9eIJD/mBLuplrPpWFbfrP"
+    "KB24wUJdXaxU++It1R7xr/LtpvZG2itJH292iR9ji/Sg5Ru+8D3xtdYtgtpn2aDfWLzu55LpZ2E2iaYz6+Ddaj7K"
+    "0kMLT2s2zlLLPaofOdbB5WI8UZaXBI57qY6TRLlekviuqj9wPT9ygsgNGkniJl4Uq8A9NGp4YXRnP/EJhfhqfwOc"
+    "GJk1"
+)
+"""A Parquet file, deflated, with one byte changed in a validity bitmap: polars 2.1 asks for 2^61
+bytes and aborts its process."""
+
+
+def test_parquet_that_aborts_polars_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    path.write_bytes(zlib.decompress(base64.b64decode(ABORTING)))
+    config = TableData(
+        path=str(path),
+        columns=ColumnNames(visitor_id="", time=""),
+        decision="visit",
+        features=FeatureConfig(channels=["email", "direct"], clock=False),
+    )
     with pytest.raises(JourneyDataError, match="not a sound Parquet file"):
-        read_touchpoints(table_config(damaged))
+        read_touchpoints(config)

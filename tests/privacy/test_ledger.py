@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,9 +47,7 @@ def test_the_same_release_is_charged_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"run": "other"}, {"round": 2}, {"name": "count"}])
-def test_another_run_round_or_name_is_charged_too(
-    tmp_path: Path, change: dict[str, object]
-) -> None:
+def test_another_run_round_or_name_is_charged_too(tmp_path: Path, change: dict[str, Any]) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     other = replace(WEIGHTS, **change)
 

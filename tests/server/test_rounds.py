@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,7 @@ Behaviour = Callable[[str, int, Weights], Weights | None]
 
 
 def towards_one(site: str, round_: int, weights: Weights) -> Weights:
-    return {name: (w + 1) / 2 for name, w in weights.items()}
+    return {name: (w + 1) / np.float32(2) for name, w in weights.items()}
 
 
 @dataclass
@@ -128,7 +128,7 @@ def spoilt_in(round_: int, *sites: str) -> Behaviour:
 
 
 @pytest.fixture
-def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Weights]]:
+def models(monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
     """The global model that each round starts from, in order."""
     seen: list[Weights] = []
     original = FakeFederation.train
@@ -140,7 +140,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Weights]]:
         return original(self, plan, weights, timeout)
 
     monkeypatch.setattr(FakeFederation, "train", train)
-    yield seen
+    return seen
 
 
 def test_all_rounds_go_well(tmp_path: Path) -> None:

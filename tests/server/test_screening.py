@@ -67,7 +67,7 @@ BAD: dict[str, tuple[Weights, str]] = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_update_costs_its_site_alone(kind: str) -> None:
     weights, reason = BAD[kind]
-    answers = [sound("a"), update("b", weights), sound("c")]
+    answers: list[SiteUpdate | SiteFailure] = [sound("a"), update("b", weights), sound("c")]
 
     kept, failed = screen_updates(answers, GLOBAL, max_update_norm=100.0)
 
@@ -78,7 +78,10 @@ def test_a_bad_update_costs_its_site_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "fedmedian", "fedtrimmedavg"])
 def test_the_combined_model_stays_finite_under_all_bad_updates_at_once(strategy: str) -> None:
-    answers = [sound("a"), *(update(kind, weights) for kind, (weights, _) in BAD.items())]
+    answers: list[SiteUpdate | SiteFailure] = [
+        sound("a"),
+        *(update(kind, weights) for kind, (weights, _) in BAD.items()),
+    ]
 
     kept, failed = screen_updates(answers, GLOBAL, max_update_norm=100.0)
     combined = Aggregator(StrategyConfig(name=strategy)).combine(1, GLOBAL, kept, {"a": 5.0})
