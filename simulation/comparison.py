@@ -95,11 +95,18 @@ class SweepComparison(Callback):
                     "run": run.name,
                     "overrides": labels[-1],
                     **{heading: f"{quality[name]:.3f}" for name, heading in METRICS.items()},
-                    "epsilon": "–" if summary["epsilon"] is None else f"{summary['epsilon']:.2f}",  # noqa: RUF001
+                    "epsilon": _epsilon(summary["epsilon"]),
                 }
             )
         picture = plots.intervals(labels, {"ROC-AUC": areas}, "ROC-AUC")
-        _show(Console(width=140), folder, f"{len(runs)} runs", rows, [("ROC-AUC of each run", picture)], [])
+        _show(
+            Console(width=140),
+            folder,
+            f"{len(runs)} runs",
+            rows,
+            [("ROC-AUC of each run", picture)],
+            [],
+        )
 
 
 def _show(
@@ -118,6 +125,10 @@ def _show(
     console.print(table)
     page = write_comparison(folder, title, rows, pictures, notes)
     console.print(f"report: {page}", soft_wrap=True)
+
+
+def _epsilon(spent: float | None) -> str:
+    return "unprotected" if spent is None else f"{spent:.2f}"
 
 
 def _interval(interval: tuple[float, float, float]) -> str:

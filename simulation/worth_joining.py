@@ -31,7 +31,7 @@ from simulation.run import federate
 
 EPSILONS = (1.0, 3.0, 8.0)
 LEARNING_RATES = (0.3, 1.0, 3.0)
-"""Factors of `optimizer.learning_rate` that every approach may choose from, on validation data."""
+"""Factors of `optimizer.learning_rate`; every approach chooses one on validation data."""
 VALIDATION = 0.2
 """Share of a site's training visitors set apart for that choice."""
 RESAMPLES = 300

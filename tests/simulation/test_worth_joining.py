@@ -28,8 +28,13 @@ SESSIONS = DATA / "online_shoppers" / "online_shoppers_intention.csv"
 
 def test_every_approach_is_trained_and_judged_on_the_same_visitors() -> None:
     config = load(
-        "experiment=worth_joining data.sites=2 data.visitors=300 rounds=2 "
-        "optimizer.local_epochs=1 runtime.workers=2".split()
+        [
+            "experiment=worth_joining",
+            "data.sites=2",
+            "data.visitors=300",
+            "rounds=2",
+            "optimizer.local_epochs=1",
+        ]
     )
     sites = load_sites(config.data, config.seed)
     told: list[tuple[int, int]] = []

@@ -1,0 +1,156 @@
+"""Every command of the README, run as a user would type it, on less data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RUN_FOLDER = "runs/2026-11-24_16-00-00"
+"""The run folder that the README's examples name."""
+
+FASTER = {
+    "synthetic": ["data.sites=2", "data.visitors=150", "rounds=2", "optimizer.local_epochs=1"],
+    "table": ["rounds=2", "optimizer.local_epochs=1"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).splitlines()
+    assert lines
+    return [line for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the README's examples name."""
+    folder = tmp_path_factory.mktemp("workplace")
+    visitors = range(300)
+    pl.DataFrame(
+        {
+            "visitor_id": [f"v{visitor}" for visitor in visitors for _ in range(3)],
+            "time": [
+                f"2026-03-{1 + visit * 9:02d}T{visitor % 24:02d}:00:00Z"
+                for visitor in visitors
+                for visit in range(3)
+            ],
+            "channel": [
+                ["email", "direct", "display"][(visitor + visit) % 3]
+                for visitor in visitors
+                for visit in range(3)
+            ],
+            "converted": [
+                visit == 2 and visitor % 4 == 0 for visitor in visitors for visit in range(3)
+            ],
+            "shop": ["north" if visitor % 2 else "south" for visitor in visitors for _ in range(3)],
+        }
+    ).write_parquet(folder / "touchpoints.parquet")
+    header = (
+        "Administrative,Administrative_Duration,Informational,Informational_Duration,"
+        "ProductRelated,ProductRelated_Duration,BounceRates,ExitRates,PageValues,SpecialDay,Month,"
+        "OperatingSystems,Browser,Region,TrafficType,VisitorType,Weekend,Revenue"
+    )
+    sessions = [
+        f"0,0,0,0,{row % 7},{row * 3.5},0.02,0.05,0,0,May,2,2,{1 + row % 2},{1 + row % 4},"
+        f"Returning_Visitor,FALSE,{'TRUE' if row % 5 == 0 else 'FALSE'}"
+        for row in range(200)
+    ]
+    (folder / "online_shoppers_intention.csv").write_text("\n".join([header, *sessions]) + "\n")
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)
+    assert words[:2] == ["python", "simulate.py"], command
+    arguments = words[2:]
+    if not any(word.startswith("resume=") for word in arguments):
+        table = any(word.startswith("data=") for word in arguments)
+        arguments += FASTER["table" if table else "synthetic"]
+    return subprocess.run(
+        [sys.executable, str(ROOT / "simulate.py"), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+    )
+
+
+@pytest.fixture(scope="module")
+def interrupted(workplace: Path) -> Path:
+    """The run folder of the examples: a run of which the last round and the end are missing."""
+    whole = run(f"python simulate.py hydra.run.dir={RUN_FOLDER} model=logistic", workplace)
+    assert whole.returncode == 0, whole.stderr
+    folder = workplace / RUN_FOLDER
+    for name in ("report.html", "summary.json"):
+        (folder / name).unlink()
+    for path in (folder / "checkpoints").glob("round-000002.*"):
+        path.unlink()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_works(command: str, workplace: Path, interrupted: Path) -> None:
+    if "runtime=ray" in command:
+        pytest.importorskip("ray", reason="needs Ray: pip install -e '.[simulation]'")
+    ended = run(command, workplace)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report = Path(re.findall(r"^report: (.+)$", ended.stdout, flags=re.MULTILINE)[-1])
+    assert (workplace / report).read_text().startswith("<!doctype html>")
+    if "--multirun" in command:
+        assert len(list((workplace / report).parent.glob("*/summary.json"))) == 6
+    elif "worth_joining" in command:
+        assert len(json.loads((workplace / report).with_name("comparison.json").read_text())) == 6
+    else:
+        folder = (workplace / report).parent
+        for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "model.json"):
+            assert (folder / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_works(workplace: Path, interrupted: Path) -> None:
+    (code,) = blocks("python")
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "differential privacy" in ended.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("target", "does"), [("simulate", "simulate.py"), ("test", "pytest"), ("check", "lint-imports")]
+)
+def test_make_knows_the_commands_of_the_readme(target: str, does: str) -> None:
+    assert f"make {target}" in README
+    planned = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert does in planned
+
+
+def test_files_that_the_readme_links_exist() -> None:
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
