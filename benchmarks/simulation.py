@@ -376,8 +376,10 @@ def measure(workload: str, model: str, engines: list[str], repeats: int) -> dict
             for name in engines:
                 started = time.perf_counter()
                 process = subprocess.Popen(
-                    [sys.executable, __file__, "--engine", name, "--folder", folder]
-                    + ["--models", model, "--workloads", workload, "--repeats", str(rounds)],
+                    [
+                        *(sys.executable, __file__, "--engine", name, "--folder", folder),
+                        *("--models", model, "--workloads", workload, "--repeats", str(rounds)),
+                    ],
                     env=environment,
                     cwd=ROOT,
                     stdin=subprocess.PIPE,

@@ -50,7 +50,7 @@ class Approach:
     name: str
     privacy: PrivacyConfig
     joined: str
-    """Who trains together: `none` (each site alone), `federation`, `union` (all journeys pooled)."""
+    """Who trains together: `none` (each alone), `federation`, or `union` (all journeys pooled)."""
 
 
 @dataclass(frozen=True)
