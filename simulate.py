@@ -44,13 +44,14 @@ def run(config: Config, folder: Path) -> None:
     from rich.console import Console
 
     from journeys.errors import JourneyDataError
+    from privacy.ledger import LedgerError
     from server.federation import JoinError
 
     job = {"train": _train, "worth_joining": _worth_joining}[config.job]
     try:
         # A file or a pipe says no width: wide enough for every table.
         job(config, folder, Console(width=None if sys.stdout.isatty() else 140))
-    except (JourneyDataError, JoinError) as error:
+    except (JourneyDataError, JoinError, LedgerError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,3 +20,10 @@ class SiteJourneys:
     holdout: Examples
     holdout_probability: npt.NDArray[np.float32] | None = None
     """(N_holdout,) true conversion probability of each holdout example; synthetic data only."""
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts "site 2" before "site 10"."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from journeys.decisions import decide
 from journeys.encode import encode
 from journeys.errors import JourneyDataError
 from journeys.partition import partition
-from journeys.site import SiteJourneys
+from journeys.site import SiteJourneys, natural_order
 from journeys.split import split
 from journeys.table import read_touchpoints
 
@@ -81,11 +80,5 @@ def site_journeys(
 
 def _by_site(frame: pl.DataFrame) -> dict[str, pl.DataFrame]:
     parts = frame.partition_by("site", as_dict=True, maintain_order=True)
-    names = sorted((str(key[0]) for key in parts), key=_natural)
+    names = sorted((str(key[0]) for key in parts), key=natural_order)
     return {name: parts[(name,)] for name in names}
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from journeys.site import natural_order
 from protocol.plan import RoundPlan
 from protocol.records import plan_records, read_reply
 from protocol.replies import (
@@ -62,7 +63,7 @@ class Federation:
                 f"needed{_first_reason(answers.values())}; start the missing sites or lower "
                 "strategy.quorum"
             )
-        order = sorted(described, key=lambda node: described[node].site)
+        order = sorted(described, key=lambda node: natural_order(described[node].site))
         self._names = {node: described[node].site for node in order}
         self.descriptions = {described[node].site: described[node] for node in order}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import Metrics, metrics
+from journeys.site import natural_order
 from protocol.replies import SiteEvaluation, SiteFailure, SiteUpdate
 
 
@@ -43,6 +44,7 @@ class RoundReport:
             failure.site: {"outcome": failure.outcome, "reason": failure.reason, "epsilon": None}
             for failure in self.failures
         }
+        told = {**trained, **failed}
         return {
             "kind": "round",
             "round": self.round,
@@ -51,7 +53,7 @@ class RoundReport:
             "seconds": round(self.seconds, 4),
             "epsilon": self.epsilon,
             "delta": self.delta,
-            "sites": dict(sorted({**trained, **failed}.items())),
+            "sites": {site: told[site] for site in sorted(told, key=natural_order)},
         }
 
 
