@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import typing
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -70,7 +71,7 @@ def _built(kind: type, read: object, name: str, given: dict[str, object]) -> obj
         kind = chosen
     if kind is ScoreHistogram:
         return _histogram(read, name)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     expected = {field.name for field in dataclasses.fields(kind)} - set(given)
     for key in expected ^ set(read):
         raise WireError(f"{name}.{key}: {'missing' if key in expected else 'unknown field'}")
@@ -94,6 +95,11 @@ def _value(hint: Any, read: object, name: str) -> object:
     return read
 
 
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _float(read: int) -> float:
     try:
         return float(read)
@@ -104,8 +110,9 @@ def _float(read: int) -> float:
 def _histogram(read: dict[Any, Any], name: str) -> ScoreHistogram:
     if set(read) != {"negative", "positive"}:
         raise WireError(f"{name}: a histogram has negative and positive counts")
-    if not all(isinstance(counts, list) for counts in read.values()) or any(
-        type(count) not in (int, float) for counts in read.values() for count in counts
+    if not all(
+        isinstance(counts, list) and set(map(type, counts)) <= {int, float}
+        for counts in read.values()
     ):
         raise WireError(f"{name}: counts that are not lists of numbers")
     try:

@@ -68,7 +68,7 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     summary = outcome.summary
     table = Table(title=summary["title"], title_justify="left")
     table.add_column("site")
-    for heading in ("visitors", *COLUMNS.values(), "epsilon"):
+    for heading in ("held out", *COLUMNS.values(), "epsilon"):
         table.add_column(heading, justify="right")
     table.add_row("all sites", *_cells(summary["global"], summary["epsilon"]), style="bold")
     table.add_section()
