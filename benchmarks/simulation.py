@@ -137,9 +137,10 @@ def plain(fleet: Fleet, config: Config) -> None:
         for data in sites:
             set_weights(model, state)
             optimizer = torch.optim.SGD(model.parameters(), RATE)
-            for rows in torch.randperm(len(data)).split(BATCH):
+            order = torch.randperm(len(data))
+            for start in range(0, len(order), BATCH):
                 optimizer.zero_grad()
-                batch = select(data, rows)
+                batch = select(data, order[start : start + BATCH])
                 torch.autograd.backward(binary_cross_entropy_with_logits(model(batch), batch.label))
                 optimizer.step()
             trained.append(get_weights(model))

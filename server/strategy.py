@@ -6,6 +6,7 @@ import time
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp.strategy import (
     FedAdagrad,
@@ -22,6 +23,9 @@ from conf.schema import StrategyConfig
 from protocol.replies import SiteUpdate, Weights
 
 _WEIGHT = "num-examples"
+_ALL = "all"
+"""Flower's strategies work value by value, so that a model goes to them as one array: each array
+costs 0.2 ms a site."""
 
 
 class Aggregator:
@@ -45,14 +49,14 @@ class Aggregator:
             counts: how much each site weighs, above 0; the median and the trimmed mean ignore it.
         """
         if isinstance(self._strategy, FedOpt):
-            self._strategy.current_arrays = dict(weights)
+            self._strategy.current_arrays = {_ALL: _flat(weights)}
         replies = [_as_reply(update, counts[update.site]) for update in updates]
         arrays, _ = self._strategy.aggregate_train(round_, replies)
         assert arrays is not None
-        return {name: arrays[name].numpy().astype(np.float32) for name in weights}
+        return _like(weights, arrays[_ALL].numpy().astype(np.float32))
 
     def state(self) -> Weights:
-        """What the strategy remembers between rounds: moments, by `m.` and `v.` and a name."""
+        """What the strategy remembers between rounds: its moments, by name."""
         moments = self._moments()
         return {
             f"{m}.{name}": value for m, values in moments.items() for name, value in values.items()
@@ -93,8 +97,21 @@ def _strategy(config: StrategyConfig) -> FedAvg:
     return FedAvg(**common)
 
 
+def _flat(weights: Weights) -> npt.NDArray[np.float32]:
+    # By name: a model read from a checkpoint has its arrays in another order.
+    return np.concatenate([weights[name].ravel() for name in sorted(weights)])
+
+
+def _like(weights: Weights, flat: npt.NDArray[np.float32]) -> Weights:
+    parts: Weights = {}
+    for name in sorted(weights):
+        part, flat = np.split(flat, [weights[name].size])
+        parts[name] = part.reshape(weights[name].shape)
+    return {name: parts[name] for name in weights}
+
+
 def _as_reply(update: SiteUpdate, weight: float) -> Message:
-    arrays = ArrayRecord({name: Array(value) for name, value in update.weights.items()})
+    arrays = ArrayRecord({_ALL: Array(_flat(update.weights))})
     content = RecordDict({"arrays": arrays, "metrics": MetricRecord({_WEIGHT: weight})})
     # By its metadata: a message is else stamped with the identity of a running Flower task.
     message: Message = cast(Any, Message)(

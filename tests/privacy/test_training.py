@@ -89,16 +89,16 @@ TRAINING = LocalTraining(
     expected_batch_size=40.0,
     noise_multiplier=1.0,
     clipping_norm=1.0,
-    optimizer=OptimizerConfig(learning_rate=0.5),
+    optimizer=OptimizerConfig(momentum=0.0, learning_rate=0.5),
 )
 
 
 @pytest.mark.parametrize(
     ("optimizer", "proximal_mu"),
     [
-        (OptimizerConfig(), 0.0),
+        (OptimizerConfig(momentum=0.0), 0.0),
         (OptimizerConfig(momentum=0.9, weight_decay=0.1), 0.0),
-        (OptimizerConfig(), 0.5),
+        (OptimizerConfig(momentum=0.0), 0.5),
         (OptimizerConfig(name="adam", learning_rate=0.01, weight_decay=0.01), 0.0),
     ],
 )
@@ -118,7 +118,7 @@ def test_without_clipping_and_noise_it_is_plain_training(
 @pytest.mark.parametrize(
     ("config", "textbook"),
     [
-        (OptimizerConfig(), lambda p: torch.optim.SGD(p, 0.5)),
+        (OptimizerConfig(momentum=0.0), lambda p: torch.optim.SGD(p, 0.5)),
         (
             OptimizerConfig(momentum=0.9, weight_decay=0.1),
             lambda p: torch.optim.SGD(p, 0.5, momentum=0.9, weight_decay=0.1),
@@ -148,7 +148,7 @@ def test_plain_training_is_the_textbook_loop(
 
 
 def test_an_empty_batch_is_a_step_without_protection_too() -> None:
-    decay = OptimizerConfig(learning_rate=0.5, weight_decay=0.2)
+    decay = OptimizerConfig(momentum=0.0, learning_rate=0.5, weight_decay=0.2)
     training = replace(TRAINING, steps=3, noise_multiplier=0.0, optimizer=decay)
     weights = new_weights()
     trained = Trainer(Net()).train(weights, some_examples(0), training, SEED)
@@ -191,7 +191,7 @@ def test_one_visitor_moves_the_result_by_no_more_than_the_clipping_norm(outlier:
         steps=1,
         noise_multiplier=ALMOST_NO_NOISE,
         clipping_norm=0.1,
-        optimizer=OptimizerConfig(learning_rate=40.0),
+        optimizer=OptimizerConfig(momentum=0.0, learning_rate=40.0),
     )
     weights, trainer = new_weights(), Trainer(Net())
     without = trainer.train(weights, EXAMPLES, training, SEED)
@@ -260,7 +260,9 @@ def test_each_visitor_is_drawn_independently_at_the_sample_rate() -> None:
 @pytest.mark.parametrize("examples", [some_examples(0), some_examples(1)])
 def test_noise_of_a_whole_round(examples: Examples) -> None:
     """Also where nobody is drawn: the weights do a random walk of the accounted deviation."""
-    training = LocalTraining(1e-9, 4, 10.0, 2.0, 0.5, OptimizerConfig(learning_rate=1.0))
+    training = LocalTraining(
+        1e-9, 4, 10.0, 2.0, 0.5, OptimizerConfig(momentum=0.0, learning_rate=1.0)
+    )
     wide = nn.Linear(300, 300)
     weights = new_weights(wide)
     trained = Trainer(wide).train(weights, examples, training, SEED)

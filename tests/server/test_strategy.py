@@ -204,3 +204,18 @@ def test_inputs_are_left_as_they_are(name: str) -> None:
     Aggregator(StrategyConfig(name=name)).combine(1, weights, updates(models), COUNTS)
 
     assert all(equal(a, b) for a, b in zip([weights, *models], copies, strict=True))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_arrays_are_told_apart_by_name_not_by_order(name: str) -> None:
+    weights, [models] = draw_rounds(1)
+    turned = [dict(reversed(model.items())) for model in models]
+
+    one = Aggregator(StrategyConfig(name=name)).combine(1, weights, updates(models), COUNTS)
+    other = Aggregator(StrategyConfig(name=name)).combine(
+        1, dict(reversed(weights.items())), updates(turned), COUNTS
+    )
+
+    assert equal(one, other)
+    assert list(other) == list(reversed(weights))
+    assert {n: w.shape for n, w in one.items()} == SHAPES
