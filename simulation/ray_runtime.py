@@ -9,6 +9,8 @@ from typing import TypeVar
 
 # Before Ray is imported: software for privacy tells no one that it runs.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's coming default; without it each start prints a warning about accelerators.
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
