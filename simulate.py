@@ -41,16 +41,14 @@ def run_composed(composed: DictConfig) -> None:
 
 def run(config: Config, folder: Path) -> None:
     """Do the config's job in `folder`."""
-    from rich.console import Console
-
     from journeys.errors import JourneyDataError
     from privacy.ledger import LedgerError
     from server.federation import JoinError
+    from simulation.console import open_console
 
     job = {"train": _train, "worth_joining": _worth_joining}[config.job]
     try:
-        # A file or a pipe says no width: wide enough for every table.
-        job(config, folder, Console(width=None if sys.stdout.isatty() else 140))
+        job(config, folder, open_console())
     except (JourneyDataError, JoinError, LedgerError) as error:
         sys.exit(f"error: {error}")
 

@@ -28,7 +28,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train with the sites that are there, as many as `strategy.sites` says, or all of now."""
+    """Train with the sites that are connected when the run starts."""
     config = load(shlex.split(str(context.run_config.get("overrides", ""))))
     folder = Path("runs") / f"flower-{context.run_id}"
     folder.mkdir(parents=True, exist_ok=True)

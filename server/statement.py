@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from conf.schema import Config, VisitorDP
 
 
@@ -35,5 +37,5 @@ def privacy_statement(config: Config, epsilon: float | None) -> list[str]:
 
 
 def _factor(epsilon: float) -> str:
-    factor = 2.718281828459045**epsilon
+    factor = math.exp(epsilon)
     return f"{factor:.1f}" if factor < 100 else f"{factor:.0f}"

@@ -6,10 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -68,48 +65,10 @@ def show_results(console: Console, folder: Path, results: Sequence[Result]) -> N
         "The privacy of a federated approach is for each visitor, over the whole run. The choice "
         "of the learning rate is not counted in it: a simulation may look, a federation may not.",
     ]
-    _show(console, folder, "Is joining worth it?", rows, pictures, notes)
+    show_comparison(console, folder, "Is joining worth it?", rows, pictures, notes)
 
 
-class SweepComparison(Callback):
-    """Hydra's hook at the end of `--multirun`: one table and one plot over all runs."""
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Gather the summaries below the sweep's folder."""
-        folder = Path(str(config.hydra.sweep.dir))
-        runs = sorted(
-            (path.parent for path in folder.glob("*/summary.json")),
-            key=lambda path: (len(path.name), path.name),
-        )
-        if not runs:
-            return
-        rows, labels, areas = [], [], []
-        for run in runs:
-            summary = json.loads((run / "summary.json").read_text())
-            overrides = OmegaConf.load(run / "hydra" / "overrides.yaml")
-            quality = summary["global"]
-            labels.append(", ".join(str(override) for override in overrides) or run.name)
-            areas.append((quality["roc_auc"],) * 3)
-            rows.append(
-                {
-                    "run": run.name,
-                    "overrides": labels[-1],
-                    **{heading: f"{quality[name]:.3f}" for name, heading in METRICS.items()},
-                    "epsilon": _epsilon(summary["epsilon"]),
-                }
-            )
-        picture = plots.intervals(labels, {"ROC-AUC": areas}, "ROC-AUC")
-        _show(
-            Console(width=140),
-            folder,
-            f"{len(runs)} runs",
-            rows,
-            [("ROC-AUC of each run", picture)],
-            [],
-        )
-
-
-def _show(
+def show_comparison(
     console: Console,
     folder: Path,
     title: str,
@@ -117,6 +76,7 @@ def _show(
     pictures: Sequence[tuple[str, str]],
     notes: Sequence[str],
 ) -> None:
+    """Write `comparison.html` and print its table."""
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(rows[0]):
         table.add_column(heading, justify="left" if number == 0 else "right")
@@ -125,10 +85,6 @@ def _show(
     console.print(table)
     page = write_comparison(folder, title, rows, pictures, notes)
     console.print(f"report: {page}", soft_wrap=True)
-
-
-def _epsilon(spent: float | None) -> str:
-    return "unprotected" if spent is None else f"{spent:.2f}"
 
 
 def _interval(interval: tuple[float, float, float]) -> str:

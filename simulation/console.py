@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,11 @@ COLUMNS = {
     "normalised_entropy": "norm. entropy",
     "expected_calibration_error": "calib. error",
 }
+
+
+def open_console() -> Console:
+    """The terminal; a file or a pipe, which says no width, is wide enough for every table."""
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 class RunProgress:

@@ -7,12 +7,18 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from flwr.app import Context
+from flwr.clientapp import ClientApp
 
+from client.app import client_app
 from client.site import Site
 from journeys.examples import Examples
 from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
 from privacy.ledger import Ledger
+
+PARTITION = "partition-id"
+"""Flower's name for the index of a simulated site."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,15 @@ class Fleet:
             if probability.exists()
             else None,
         )
+
+
+def fleet_app(fleet: Fleet) -> ClientApp:
+    """A ClientApp for all sites of `fleet`; which one a message is for, its context says."""
+
+    def of(context: Context) -> Site:
+        return open_site(fleet, int(context.node_config[PARTITION]))
+
+    return client_app(of)
 
 
 @cache

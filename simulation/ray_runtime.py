@@ -16,9 +16,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from client.app import client_app
-from simulation.fleet import Fleet, open_site
-from simulation.workers import PARTITION
+from simulation.fleet import Fleet, fleet_app
 
 T = TypeVar("T")
 
@@ -40,7 +38,7 @@ def run_on_ray(fleet: Fleet, workers: int, coordinate: Callable[[Grid], T]) -> T
     logging.getLogger("flwr").setLevel(logging.ERROR)
     run_simulation(
         server,
-        client_app(lambda context: open_site(fleet, int(context.node_config[PARTITION]))),
+        fleet_app(fleet),
         num_supernodes=len(fleet.names),
         backend_config={
             "init_args": {"num_cpus": workers, "log_to_driver": False, "logging_level": "ERROR"},

@@ -67,13 +67,13 @@ def federate(
         return _with_grid(
             config.runtime,
             fleet,
-            faults or Faults(),
+            faults,
             lambda grid: run_rounds(Federation(grid), config, len(fleet.names), folder, watch),
         )
 
 
 def _with_grid(
-    runtime: RuntimeConfig, fleet: Fleet, faults: Faults, coordinate: Callable[[Grid], T]
+    runtime: RuntimeConfig, fleet: Fleet, faults: Faults | None, coordinate: Callable[[Grid], T]
 ) -> T:
     if runtime.name == "ray":
         try:

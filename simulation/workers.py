@@ -15,26 +15,20 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from client.app import client_app
 from simulation.faults import Faults, misbehave
-from simulation.fleet import Fleet, open_site
+from simulation.fleet import PARTITION, Fleet, fleet_app
 
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[Message], None]
 """Takes a site's reply."""
 
-PARTITION = "partition-id"
-"""Flower's name for the index of a simulated site."""
-
 
 class InlineWorker:
     """Runs sites in this process: for a debugger."""
 
     def __init__(self, fleet: Fleet, faults: Faults, deliver: Deliver) -> None:
-        self._app = client_app(
-            lambda context: open_site(fleet, int(context.node_config[PARTITION]))
-        )
+        self._app = fleet_app(fleet)
         self._faults = faults
         self._deliver = deliver
 

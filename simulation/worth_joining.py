@@ -136,11 +136,13 @@ def _configured(
 
 def _train(config: Config, approach: Approach, sites: list[SiteJourneys]) -> list[Weights]:
     """A model for each site; the same for all where they train together."""
-    groups = {
-        "none": [[site] for site in sites],
-        "federation": [sites],
-        "union": [[_union(sites)]],
-    }[approach.joined]
+    match approach.joined:
+        case "none":
+            groups = [[site] for site in sites]
+        case "union":
+            groups = [[_union(sites)]]
+        case _:
+            groups = [sites]
     models = []
     for group in groups:
         with tempfile.TemporaryDirectory(prefix="approach-") as folder:
