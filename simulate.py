@@ -24,6 +24,7 @@ from conf.compose import (
     to_config,
 )
 from conf.schema import Config, SettingError
+from conf.usage import usage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,23 +42,34 @@ def run_composed(composed: DictConfig) -> None:
 
 def run(config: Config, folder: Path) -> None:
     """Do the config's job in `folder`."""
+    from simulation.console import open_console
+
+    job = {"train": _train, "worth_joining": _worth_joining, "audit": _audit}[config.job]
+    try:
+        job(config, folder, open_console())
+    except Exception as error:
+        if not isinstance(error, _told_in_a_line()):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _told_in_a_line() -> tuple[type[Exception], ...]:
+    """Errors whose message says all that a user needs."""
+    # Here, because loading them loads Flower, which the progress bar need not wait for.
     from journeys.errors import JourneyDataError
     from privacy.ledger import LedgerError
     from server.federation import JoinError
-    from simulation.console import open_console
 
-    job = {"train": _train, "worth_joining": _worth_joining}[config.job]
-    try:
-        job(config, folder, open_console())
-    except (JourneyDataError, JoinError, LedgerError) as error:
-        sys.exit(f"error: {error}")
+    return JourneyDataError, JoinError, LedgerError
 
 
 def _train(config: Config, folder: Path, console: Console) -> None:
     from simulation.console import RunProgress, show_outcome
-    from simulation.run import simulate
 
     with RunProgress(console, config.rounds) as progress:
+        # Under the bar: it loads torch.
+        from simulation.run import simulate
+
         outcome = simulate(config, folder, progress.watch)
     show_outcome(console, outcome)
 
@@ -78,9 +90,28 @@ def _worth_joining(config: Config, folder: Path, console: Console) -> None:
     show_results(console, folder, results)
 
 
+def _audit(config: Config, folder: Path, console: Console) -> None:
+    from rich.progress import Progress
+
+    from journeys.sites import load_sites
+    from simulation.audit import audit_builds, show_findings
+
+    site = load_sites(config.data, config.seed)[0]
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("builds", total=None)
+        findings = audit_builds(
+            config, site, lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    show_findings(console, folder, config, findings)
+
+
 def main() -> None:
     """The command line."""
     arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):
+        # Hydra's own takes seconds and lists the schema beside the choices.
+        print(usage())
+        return
     overrides = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
     resumed = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]
     try:

@@ -2,153 +2,242 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 
-from conf.schema import ModelConfig, Unprotected, VisitorDP
-from evaluation.histogram import ScoreHistogram
+from client.policy import PlanRefused, SitePolicy
+from conf.schema import ModelConfig, VisitorDP
+from evaluation.histogram import EXACT, NOISED, ScoreHistogram
 from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
 from models.registry import build
 from models.score import logits
 from models.weights import set_weights
-from privacy.accountant import epsilon
+from privacy.accountant import PrivacyEvent, epsilon
 from privacy.calibration import UnreachableTargetError, noise_multiplier
-from privacy.ledger import Ledger, Release
-from privacy.mechanisms import GaussianCount
+from privacy.ledger import Answer, Ledger, LedgerConflictError, Release, Request
+from privacy.mechanisms import GaussianCount, GaussianHistogram
+from privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from privacy.training import LocalTraining, Trainer
 from protocol.plan import RoundPlan
-from protocol.replies import SiteDescription, SiteEvaluation, SiteUpdate, Weights
+from protocol.replies import Reply, SiteDescription, SiteEvaluation, SiteUpdate, Weights
+from protocol.stored import reply_from_bytes, reply_to_bytes
 from protocol.wire import from_text, to_text
 
+R = TypeVar("R", bound=Reply)
 
-class PlanRefused(Exception):  # noqa: N818  (a refusal is an answer, not a fault)
-    """The site does not do what the plan asks. The message names the field."""
+_KINDS = ("describe", "train", "evaluate")
 
 
 class Site:
-    """Owns journeys and ledger; `describe`, `train` and `evaluate` are the only ways out.
+    """Owns journeys, policy and ledger; `describe`, `train` and `evaluate` are the only ways out.
 
-    Each follows the same order: the plan is judged, what it costs is reserved in the ledger, the
-    journeys are read, the answer is made. The site computes its privacy from what it runs, not
-    from what the coordinator says.
+    Each goes through one gate (`_release`): the policy judges the plan, what the answer costs is
+    reserved in the ledger, then the journeys are read, the answer is made and put on record, and
+    only then it leaves. The site computes its privacy from what it runs, not from what the
+    coordinator says.
+
+    The visitors that training uses and those held out for evaluation are different people: what is
+    released of the ones costs the others nothing.
     """
 
     def __init__(
-        self, journeys: SiteJourneys, spec: FeatureSpec, ledger: Ledger, seed: int, index: int
+        self,
+        journeys: SiteJourneys,
+        spec: FeatureSpec,
+        policy: SitePolicy,
+        ledger: Ledger,
+        seed: tuple[int, int] | None = None,
     ) -> None:
-        """`seed` and `index` seed what is random at the site, privacy noise included: simulation
-        only, since whoever knows them can take the noise off.
+        """`seed`, of the run and of the site, makes all repeatable, privacy noise included.
+
+        It is for simulations only: who knows it can take the noise off. Without it all randomness
+        comes from the operating system.
         """
         self.name = journeys.name
         self._journeys = journeys
         self._spec = spec
+        self._policy = policy
         self._ledger = ledger
-        self._seed = (seed, index)
+        self._seed = seed
+
+    def close(self) -> None:
+        """Let another process have the ledger."""
+        self._ledger.close()
 
     def describe(self, plan: RoundPlan) -> SiteDescription:
-        """The noised number of visitors that the site trains on."""
-        return SiteDescription(self.name, self._visitors(plan))
-
-    def train(self, plan: RoundPlan, weights: Weights) -> SiteUpdate:
-        """Train `weights` for one round; and evaluate them as they came, which saves a message.
+        """The noised number of visitors that the site trains on.
 
         Raises:
-            PlanRefused: The plan asks for what the site does not do.
+            PlanRefused: The plan asks for what the site does not do, here and below.
         """
+        plan = replace(plan, round=0)
+        self._policy.check_plan(plan)
+        mechanism = GaussianCount(_count_noise(plan))
+        release = Release("count", "train", mechanism.event)
+
+        def count(randomness: Randomness) -> SiteDescription:
+            visitors = self._journeys.train.visitors
+            return SiteDescription(self.name, mechanism.release(visitors, randomness))
+
+        description = self._release("describe", plan, None, release, count)
+        self._policy.check_visitors(description.visitors, plan)
+        return description
+
+    def train(self, plan: RoundPlan, weights: Weights) -> SiteUpdate:
+        """Train `weights` for one round."""
         if not 1 <= plan.round <= plan.rounds:
             raise PlanRefused(f"round={plan.round}: must be 1 to rounds={plan.rounds}")
-        training = self._local_training(plan)
-        self._reserve(plan, "weights", training.noise_multiplier, training)
+        visitors = self.describe(plan).visitors
+        training = local_training(plan, visitors)
         trainer = _trainer(to_text(plan.model), self._spec)
-        evaluation = self._evaluation(plan.round - 1, trainer, weights)
-        trained = trainer.train(weights, self._journeys.train, training, self._seeds(plan.round))
-        return SiteUpdate(self.name, plan.round, trained, self._epsilon(plan), evaluation)
+        self._policy.check_training(training, trainer.parameters)
+        release = Release("weights", "train", training.event)
+
+        def update(randomness: Randomness) -> SiteUpdate:
+            trained = trainer.train(weights, self._journeys.train, training, randomness)
+            return SiteUpdate(self.name, plan.round, trained, self._epsilon(plan))
+
+        return self._release("train", plan, weights, release, update)
 
     def evaluate(self, plan: RoundPlan, weights: Weights) -> SiteEvaluation:
-        """The histogram of the model's scores on the visitors kept from training.
-
-        The counts are exact: for simulations, where all journeys belong to who runs them.
-        """
+        """The noised histogram of the model's scores on the visitors kept from training."""
+        self.describe(plan)
         trainer = _trainer(to_text(plan.model), self._spec)
-        return self._evaluation(plan.round, trainer, weights)
+        mechanism = GaussianHistogram(_evaluation_noise(plan))
+        release = Release("histogram", "holdout", mechanism.event)
 
-    def _evaluation(self, round_: int, trainer: Trainer, weights: Weights) -> SiteEvaluation:
-        holdout = self._journeys.holdout
-        set_weights(trainer.model, weights)
-        histogram = ScoreHistogram.of(logits(trainer.model, holdout), np.asarray(holdout.label))
-        return SiteEvaluation(self.name, round_, histogram)
+        def evaluation(randomness: Randomness) -> SiteEvaluation:
+            holdout = self._journeys.holdout
+            set_weights(trainer.model, weights)
+            scores = logits(trainer.model, holdout)
+            bins = NOISED if mechanism.noise else EXACT
+            exact = ScoreHistogram.of(scores, np.asarray(holdout.label), bins)
+            counts = np.stack([exact.negative, exact.positive]).astype(np.int64)
+            histogram = ScoreHistogram(*mechanism.release(counts, randomness).astype(np.float64))
+            told = self._epsilon(plan)
+            return SiteEvaluation(self.name, plan.round, histogram, mechanism.noise, told)
 
-    def _visitors(self, plan: RoundPlan) -> float:
-        if isinstance(plan.privacy, Unprotected):
-            return float(len(self._journeys.train))
-        promise = _visitor_dp(plan)
-        mechanism = GaussianCount(promise.count_noise)
-        _check_count(promise, mechanism)
-        self._ledger.reserve(Release(plan.run, 0, "count", mechanism.noise, 1.0, 1))
-        rng = np.random.default_rng(self._seeds(0))
-        return mechanism.release(len(self._journeys.train), rng)
+        return self._release("evaluate", plan, weights, release, evaluation)
 
-    def _local_training(self, plan: RoundPlan) -> LocalTraining:
-        """Sample rate, steps and noise, from the plan and the noised visitor count alone."""
-        visitors = self._visitors(plan)
-        batches = max(1, round(visitors / plan.optimizer.batch_size))
-        steps = max(1, round(plan.optimizer.local_epochs * batches))
-        noise, clipping_norm = 0.0, math.inf
-        if not isinstance(plan.privacy, Unprotected):
-            promise = _visitor_dp(plan)
-            clipping_norm = promise.clipping_norm
-            noise = _calibrated(promise, 1 / batches, steps * plan.rounds)
-        return LocalTraining(
-            sample_rate=1 / batches,
-            steps=steps,
-            expected_batch_size=visitors / batches,
-            noise_multiplier=noise,
-            clipping_norm=clipping_norm,
-            optimizer=plan.optimizer,
-            proximal_mu=plan.proximal_mu,
-        )
-
-    def _reserve(self, plan: RoundPlan, name: str, noise: float, training: LocalTraining) -> None:
-        rate, steps = training.sample_rate, training.steps
-        self._ledger.reserve(Release(plan.run, plan.round, name, noise, rate, steps))
+    def _release(
+        self,
+        kind: str,
+        plan: RoundPlan,
+        weights: Weights | None,
+        release: Release,
+        make: Callable[[Randomness], R],
+    ) -> R:
+        """The gate: all that leaves the site leaves here, charged, on record, and once."""
+        self._policy.check_plan(plan)
+        self._policy.check_release(release.name, release.event)
+        request = Request(_run(plan), plan.round, kind, _digest(plan, weights), (release,))
+        if isinstance(plan.privacy, VisitorDP) and request not in self._ledger:
+            delta = plan.privacy.delta
+            of_run = self._ledger.epsilon(delta, run=request.run, also=request.releases)
+            in_all = self._ledger.epsilon(self._policy.delta, also=request.releases)
+            self._policy.check_spending(plan, of_run, in_all)
+        try:
+            reserved = self._ledger.reserve(request)
+        except LedgerConflictError as error:
+            raise PlanRefused(
+                f"round={plan.round}: {kind} was asked before in this run, with another plan or "
+                "model; an answer would be a second release"
+            ) from error
+        randomness = self._randomness(kind, plan.round)
+        if isinstance(reserved, Answer):
+            if reserved.reply is not None:
+                return cast(R, reply_from_bytes(reserved.reply))
+            if not randomness.repeatable:
+                raise PlanRefused(f"round={plan.round}: {kind} is answered already, and is over")
+            return make(randomness)
+        reply = make(randomness)
+        # Seeded noise gives the same answer again, so that there is none to keep.
+        kept = None if randomness.repeatable else reply_to_bytes(reply)
+        self._ledger.commit(reserved, kept)
+        return reply
 
     def _epsilon(self, plan: RoundPlan) -> float | None:
-        if isinstance(plan.privacy, Unprotected):
+        if not isinstance(plan.privacy, VisitorDP):
             return None
-        return self._ledger.epsilon(_visitor_dp(plan).delta)
+        return self._ledger.epsilon(plan.privacy.delta, run=_run(plan))
 
-    def _seeds(self, round_: int) -> np.random.SeedSequence:
-        seed, index = self._seed
-        return np.random.SeedSequence(seed, spawn_key=(index, round_))
+    def _randomness(self, kind: str, round_: int) -> Randomness:
+        if self._seed is None:
+            return SystemRandomness()
+        seed, site = self._seed
+        key = (site, round_, _KINDS.index(kind))
+        return SeededRandomness(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def _check_count(promise: VisitorDP, mechanism: GaussianCount) -> None:
-    # 1 / (2 noise²) is the mean loss, which epsilon exceeds; exact accounting of so little noise
-    # takes minutes.
-    hopeless = 2 * mechanism.noise**2 * promise.epsilon <= 1
-    if hopeless or epsilon([mechanism.event], promise.delta) >= promise.epsilon:
+def local_training(plan: RoundPlan, visitors: float) -> LocalTraining:
+    """Sample rate, steps and noise of a round, from the plan and the noised visitor count alone.
+
+    Raises:
+        PlanRefused: No noise keeps the plan's promise.
+    """
+    batches = max(1, round(visitors / plan.optimizer.batch_size))
+    steps = max(1, round(plan.optimizer.local_epochs * batches))
+    noise, clipping_norm = 0.0, math.inf
+    if isinstance(plan.privacy, VisitorDP):
+        clipping_norm = plan.privacy.clipping_norm
+        count = GaussianCount(plan.privacy.count_noise).event
+        noise = _calibrated(plan.privacy, 1 / batches, steps * plan.rounds, count)
+    return LocalTraining(
+        sample_rate=1 / batches,
+        steps=steps,
+        expected_batch_size=visitors / batches,
+        noise_multiplier=noise,
+        clipping_norm=clipping_norm,
+        optimizer=plan.optimizer,
+        proximal_mu=plan.proximal_mu,
+    )
+
+
+def _run(plan: RoundPlan) -> str:
+    return f"{plan.federation}/{plan.run}"
+
+
+def _count_noise(plan: RoundPlan) -> float:
+    if not isinstance(plan.privacy, VisitorDP):
+        return 0.0
+    promise, noise = plan.privacy, plan.privacy.count_noise
+    if epsilon([GaussianCount(noise).event], promise.delta) >= promise.epsilon:
         raise PlanRefused(
-            f"privacy.count_noise={promise.count_noise:g}: the visitor count alone spends more "
-            f"than privacy.epsilon={promise.epsilon:g}; raise one of the two"
+            f"privacy.count_noise={noise:g}: the visitor count alone spends more than "
+            f"privacy.epsilon={promise.epsilon:g}; raise one of the two"
         )
+    return noise
 
 
-def _calibrated(promise: VisitorDP, sample_rate: float, steps: int) -> float:
-    count = GaussianCount(promise.count_noise).event
+def _evaluation_noise(plan: RoundPlan) -> float:
+    if not isinstance(plan.privacy, VisitorDP):
+        return 0.0
+    return _calibrated(plan.privacy, 1.0, max(plan.evaluations, 1))
+
+
+def _calibrated(
+    promise: VisitorDP, sample_rate: float, releases: int, *others: PrivacyEvent
+) -> float:
     try:
-        return noise_multiplier(promise.epsilon, promise.delta, sample_rate, steps, (count,))
+        return noise_multiplier(promise.epsilon, promise.delta, sample_rate, releases, others)
     except UnreachableTargetError as error:
         raise PlanRefused(str(error)) from error
 
 
-def _visitor_dp(plan: RoundPlan) -> VisitorDP:
-    if not isinstance(plan.privacy, VisitorDP):
-        raise PlanRefused(f"privacy.name={plan.privacy.name}: unknown protection")
-    return plan.privacy
+def _digest(plan: RoundPlan, weights: Weights | None) -> str:
+    """Of all that is asked."""
+    asked = hashlib.sha256(to_text(plan).encode())
+    for name in sorted(weights or {}):
+        asked.update(name.encode() + b"\0" + np.ascontiguousarray((weights or {})[name]).tobytes())
+    return asked.hexdigest()
 
 
 @lru_cache(maxsize=4)

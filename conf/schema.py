@@ -143,7 +143,9 @@ class DataConfig:
     horizon_days: float = 7.0
     """The label: does the visitor convert within this time after the decision?"""
     contributions: int = 1
-    """Most examples of one visitor. 1 makes DP-SGD's guarantee one for the visitor."""
+    """Most examples of one visitor; a visitor's gradients are averaged before they are clipped, so
+    that the guarantee stays one for the visitor. Above 1 only with `decision: touchpoint`. Held
+    out, a visitor has one."""
     holdout: float = 0.2
     """Share of visitors kept from training, for evaluation. Chosen by a hash of the visitor id."""
     holdout_from: str | None = None
@@ -160,12 +162,6 @@ class DataConfig:
         _check(0 < self.holdout < 1, "data.holdout", self.holdout, "must be between 0 and 1")
         if self.holdout_from is not None:
             utc_seconds(self.holdout_from, "data.holdout_from")
-        _check(
-            self.contributions == 1,
-            "data.contributions",
-            self.contributions,
-            "only one example a visitor is supported so far",
-        )
 
 
 @dataclass
@@ -185,6 +181,12 @@ class SyntheticData(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check(
+            self.contributions == 1,
+            "data.contributions",
+            self.contributions,
+            "must be 1 with data=synthetic, where each visitor has one decision",
+        )
         _check_positive("data", sites=self.sites, visitors=self.visitors)
         _check(self.heterogeneity >= 0, "data.heterogeneity", self.heterogeneity, "must be ≥ 0")
         _check(0 < self.base_rate < 1, "data.base_rate", self.base_rate, "must be in (0, 1)")
@@ -217,9 +219,10 @@ class TableData(DataConfig):
     columns: ColumnNames = field(default_factory=ColumnNames)
     """The table's own column names."""
     decision: str = "touchpoint"
-    """When a visitor is judged. `touchpoint`: at the start of one touchpoint of the visitor, drawn
-    by a hash of the visitor id. `snapshot`: at `snapshot_at`, for all. `visit`: a row is a journey
-    of its own and its label is its own conversion (session tables)."""
+    """When a visitor is judged. `touchpoint`: at the start of one touchpoint of the visitor (or of
+    up to `contributions`), drawn by a hash of the visitor id. `snapshot`: at `snapshot_at`, for
+    all. `visit`: a row is a journey of its own and its label is its own conversion (session
+    tables)."""
     snapshot_at: str | None = None
     """UTC time of the decision, for `decision: snapshot`."""
     site_column: str | None = None
@@ -242,6 +245,12 @@ class TableData(DataConfig):
             "data.snapshot_at",
             self.snapshot_at,
             "is needed with data.decision=snapshot, and only there",
+        )
+        _check(
+            self.contributions == 1 or self.decision == "touchpoint",
+            "data.contributions",
+            self.contributions,
+            f"must be 1 with data.decision={self.decision}, which judges each visitor once",
         )
         if self.snapshot_at is not None:
             utc_seconds(self.snapshot_at, "data.snapshot_at")
@@ -380,6 +389,9 @@ class VisitorDP(PrivacyConfig):
     """L2 bound on what one visitor adds to a gradient."""
     count_noise: float = 20.0
     """Standard deviation, in visitors, of the Gaussian noise on a site's visitor count."""
+    clipping_engine: str = "bookkeeping"
+    """How each visitor's gradient is made: `bookkeeping`, or `opacus` for models with layers that
+    it does not know. The same but for rounding and time."""
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -389,6 +401,12 @@ class VisitorDP(PrivacyConfig):
             count_noise=self.count_noise,
         )
         _check(0 < self.delta < 1, "privacy.delta", self.delta, "must be between 0 and 1")
+        _check(
+            self.clipping_engine in ("bookkeeping", "opacus"),
+            "privacy.clipping_engine",
+            self.clipping_engine,
+            "must be bookkeeping or opacus",
+        )
 
 
 @dataclass
@@ -524,11 +542,18 @@ class Config:
     """One run, whole."""
 
     job: str = "train"
-    """What to do: `train`, or `worth_joining` (set by experiment=worth_joining)."""
+    """What to do: `train`, or `worth_joining` or `audit` (set by the experiment of that name)."""
     seed: int = 0
     """Seeds everything that is random in a simulation, the privacy noise included."""
     rounds: int = 10
     """Training rounds."""
+    evaluations: int = 5
+    """How often the model is evaluated on visitors held out, spread over the rounds; the last time
+    after the last round. They share one privacy budget: fewer are each more exact."""
+    federation: str = "simulation"
+    """Name of the federation. A site's policy names those that may ask it."""
+    purpose: str = "conversion-model"
+    """What the model will be used for. A site's policy names the purposes that it allows."""
     data: DataConfig = MISSING
     """Where journeys come from."""
     model: ModelConfig = MISSING
@@ -544,13 +569,15 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(
-            self.job in ("train", "worth_joining"),
+            self.job in ("train", "worth_joining", "audit"),
             "job",
             self.job,
-            "must be train or worth_joining",
+            "must be train, worth_joining or audit",
         )
         _check(self.seed >= 0, "seed", self.seed, "must be 0 or more")
-        _check_positive("", rounds=self.rounds)
+        _check_positive("", rounds=self.rounds, evaluations=self.evaluations)
+        for key in ("federation", "purpose"):
+            _check(bool(getattr(self, key)), key, "", "must not be empty")
 
 
 GROUPS: dict[str, dict[str, type]] = {

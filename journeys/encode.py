@@ -1,4 +1,4 @@
-"""Cuts each visitor's journey at the decision and encodes it for a model."""
+"""Cuts each visitor's journey at each decision and encodes it for a model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import numpy.typing as npt
 import polars as pl
 
 from conf.schema import DataConfig, TableData
-from journeys.decisions import lookback_seconds
+from journeys.decisions import lookback_seconds, rows_between
 from journeys.examples import Examples
 from journeys.features import feature_spec
-from journeys.table import in_order, visitor_starts
+from journeys.table import in_order
 
 
 def encode(touchpoints: pl.DataFrame, decisions: pl.DataFrame, config: DataConfig) -> Examples:
@@ -28,19 +28,27 @@ def encode(touchpoints: pl.DataFrame, decisions: pl.DataFrame, config: DataConfi
 
     Args:
         touchpoints: The encoded touchpoint frame (`journeys.table`), in any order.
-        decisions: `visitor`, `decision_time`, `label`; a visitor at most once.
-        config: Look-back and features.
+        decisions: `visitor`, `decision_time`, `label`; of a visitor `contributions` at most.
+        config: Look-back, features and contributions. With more than one, `Examples.visitor` says
+            whose each example is.
 
     Raises:
-        ValueError: A decision whose visitor has no touchpoint in the look-back. `decide` makes
-            none.
+        ValueError: A decision whose visitor has no touchpoint in the look-back, or more decisions
+            of a visitor. `decide` makes none.
     """
     touchpoints = in_order(touchpoints)
     spec, lookback = feature_spec(config.features), lookback_seconds(config)
     time = touchpoints["time"].to_numpy()
     decided = decisions["decision_time"].to_numpy()
+    judged = decisions["visitor"].to_numpy()
+    _, visitor, examples = np.unique(judged, return_inverse=True, return_counts=True)
+    if examples.max(initial=0) > config.contributions:
+        raise ValueError(
+            f"a visitor has more decisions than data.contributions={config.contributions}"
+        )
     strictly_before = isinstance(config, TableData) and config.decision == "snapshot"
-    begin, end = _windows(touchpoints, decisions, lookback, strictly_before)
+    until = decided if strictly_before else decided + 1
+    begin, end = rows_between(touchpoints, judged, decided - lookback + 1, until)
 
     length = np.minimum(end - begin, spec.max_touchpoints)
     if (length < 1).any():
@@ -68,30 +76,8 @@ def encode(touchpoints: pl.DataFrame, decisions: pl.DataFrame, config: DataConfi
         numeric=numeric.reshape(*shape, len(spec.numeric)),
         length=length.astype(np.int32),
         label=decisions["label"].to_numpy().astype(np.float32),
+        visitor=visitor if config.contributions > 1 else None,
     )
-
-
-def _windows(
-    touchpoints: pl.DataFrame, decisions: pl.DataFrame, lookback: int, strictly_before: bool
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """[begin, end): the rows of `touchpoints` in each decision's look-back."""
-    visitor, time = touchpoints["visitor"].to_numpy(), touchpoints["time"].to_numpy()
-    judged = decisions["visitor"].to_numpy()
-    starts = visitor_starts(visitor)
-    counts = np.diff(starts, append=len(visitor))
-    block = np.searchsorted(visitor[starts], judged)
-    if not np.array_equal(visitor[starts].take(block, mode="clip"), judged):
-        raise ValueError("a decision is about a visitor without touchpoints")
-    if np.bincount(block).max(initial=0) > 1:
-        raise ValueError("a visitor has two decisions")
-
-    # Rows of visitors without a decision lie after it, so that they fall in no window.
-    decided = np.full(len(starts), time.min(initial=0) - 1)
-    decided[block] = decisions["decision_time"].to_numpy()
-    age = np.repeat(decided, counts) - time
-    too_old = np.add.reduceat(age >= lookback, starts, dtype=np.int64)
-    upto = np.add.reduceat(age > 0 if strictly_before else age >= 0, starts, dtype=np.int64)
-    return starts[block] + too_old[block], starts[block] + upto[block]
 
 
 def _places(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +15,7 @@ import numpy.typing as npt
 class Examples:
     """N journeys, right-padded to T touchpoints, oldest touchpoint first.
 
-    One row is one decision about one visitor; with one contribution a visitor, one row is one
-    visitor. Arrays may be memory-mapped.
+    One row is one decision about one visitor. Arrays may be memory-mapped.
     """
 
     categorical: npt.NDArray[np.uint16]
@@ -25,36 +26,66 @@ class Examples:
     """(N,) touchpoints in the journey, 1 to T."""
     label: npt.NDArray[np.float32]
     """(N,) 1 where the visitor converts within the horizon, else 0."""
+    visitor: npt.NDArray[np.int64] | None = None
+    """(N,) whose journey it is: any number, the same for the journeys of one visitor. None: each
+    is another visitor's."""
 
     def __len__(self) -> int:
         return len(self.label)
 
+    @cached_property
+    def visitors(self) -> int:
+        """Number of distinct visitors, at most N."""
+        return len(self) if self.visitor is None else len(np.unique(self.visitor))
+
     def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Examples:
         """The examples at `rows`, copied."""
-        return Examples(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return Examples(**{name: array[rows] for name, array in self._arrays().items()})
+
+    def by_visitor(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Rows in the order of their visitors, and how many each visitor has (V,), 1 or more."""
+        if self.visitor is None:
+            return np.arange(len(self)), np.ones(len(self), dtype=np.int64)
+        if len(self.visitor) != len(self):
+            raise ValueError(f"{len(self.visitor)} visitors of {len(self)} examples")
+        order = np.argsort(self.visitor, kind="stable")
+        return order, np.unique(self.visitor, return_counts=True)[1]
 
     def save(self, folder: Path) -> None:
         """Write one `.npy` file a field into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        for f in fields(self):
-            np.save(folder / f"{f.name}.npy", getattr(self, f.name), allow_pickle=False)
+        (folder / "visitor.npy").unlink(missing_ok=True)
+        for name, array in self._arrays().items():
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
 
     @classmethod
     def open(cls, folder: Path) -> Examples:
         """Open examples that `save` wrote, memory-mapped and read-only."""
-        return cls(
-            **{
-                f.name: np.load(folder / f"{f.name}.npy", mmap_mode="r", allow_pickle=False)
-                for f in fields(cls)
-            }
-        )
+        arrays = {}
+        for f in fields(cls):
+            path = folder / f"{f.name}.npy"
+            if f.name != "visitor" or path.exists():
+                arrays[f.name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return cls(**arrays)
+
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: array for name, array in arrays.items() if array is not None}
 
 
 def concatenate(parts: list[Examples]) -> Examples:
-    """All examples of `parts`, in order."""
-    return Examples(
-        **{
-            f.name: np.concatenate([getattr(part, f.name) for part in parts])
-            for f in fields(Examples)
-        }
-    )
+    """All examples of `parts`, in order. Visitors of different parts are different visitors."""
+    arrays = {
+        f.name: np.concatenate([getattr(part, f.name) for part in parts])
+        for f in fields(Examples)
+        if f.name != "visitor"
+    }
+    if all(part.visitor is None for part in parts):
+        return Examples(**arrays)
+    visitors, so_far = [], 0
+    for part in parts:
+        own = np.arange(len(part)) if part.visitor is None else part.visitor
+        _, visitor = np.unique(own, return_inverse=True)
+        visitors.append(visitor + so_far)
+        so_far += int(visitor.max(initial=-1)) + 1
+    return Examples(**arrays, visitor=np.concatenate(visitors))

@@ -64,18 +64,24 @@ def site_journeys(
         config: How examples are cut and split.
     """
     train, holdout = split(decisions, config)
-    if train.sum() < 2 or not holdout.any():
-        file = Path(config.path).name if isinstance(config, TableData) else "synthetic journeys"
-        raise JourneyDataError(
-            file,
-            f'site "{name}" has {train.sum()} visitors to train on and {holdout.sum()} held out; '
-            "it needs 2 and 1",
-        )
-    examples = encode(touchpoints, decisions, config)
     probability: npt.NDArray[np.float32] | None = None
     if "probability" in decisions.columns:
         probability = decisions["probability"].to_numpy()[holdout]
-    return SiteJourneys(name, examples.take(train), examples.take(holdout), probability)
+    journeys = SiteJourneys(
+        name,
+        encode(touchpoints, decisions.filter(train), config),
+        encode(touchpoints, decisions.filter(holdout), config),
+        probability,
+    )
+    visitors, held_out = journeys.train.visitors, journeys.holdout.visitors
+    if visitors < 2 or held_out < 1:
+        file = Path(config.path).name if isinstance(config, TableData) else "synthetic journeys"
+        raise JourneyDataError(
+            file,
+            f'site "{name}" has {visitors} visitors to train on and {held_out} held out; '
+            "it needs 2 and 1",
+        )
+    return journeys
 
 
 def _by_site(frame: pl.DataFrame) -> dict[str, pl.DataFrame]:

@@ -19,11 +19,21 @@ def split(
     By a hash of the visitor, a share `config.holdout` is held out: the same visitors at every site
     and in every run. With `config.holdout_from`, by time instead: held out is a decision at or
     after it, training is one whose horizon ends before it, and what lies between is in neither,
-    since its label looks past the border. Visitors stay disjoint: each has one decision.
+    since its label looks past the border.
+
+    Visitors stay disjoint: a visitor's first decision (`decide` draws their order) says where the
+    visitor belongs. Of those held out only the first counts, so that a visitor changes one bin of
+    an evaluation by 1; of those in training, all that may train.
     """
+    visitor = decisions["visitor"].to_numpy()
     if config.holdout_from is not None:
         border = utc_seconds(config.holdout_from, "data.holdout_from")
         decided = decisions["decision_time"].to_numpy()
-        return decided + horizon_seconds(config) < border, decided >= border
-    held_out = draw_fraction(decisions["visitor"].to_numpy(), "holdout") < config.holdout
-    return ~held_out, held_out
+        early, late = decided + horizon_seconds(config) < border, decided >= border
+    else:
+        late = draw_fraction(visitor, "holdout") < config.holdout
+        early = ~late
+    _, first, whose = np.unique(visitor, return_index=True, return_inverse=True)
+    held_out = np.zeros(len(visitor), dtype=np.bool_)
+    held_out[first] = late[first]
+    return early & early[first][whose], held_out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from conf.schema import AttentionConfig
 from journeys.features import FeatureSpec
@@ -27,14 +28,16 @@ class Attention(nn.Module):
 
     def forward(self, batch: JourneyBatch) -> Tensor:
         """Logits, float32 (B,)."""
-        present = batch.mask().unsqueeze(2)
         # Counted back from the newest touchpoint: what matters is how recent one is.
         steps = torch.arange(batch.categorical.shape[1])
         recency = (batch.length.unsqueeze(1) - 1 - steps).clamp(min=0)
-        sequence = self.embedding(batch) + self.position(recency) * present
-        for block in self.blocks:
+        position = self.position(recency) * batch.mask().unsqueeze(2)
+        sequence = self.embedding(batch) + position
+        *earlier, last = self.blocks
+        for block in earlier:
             sequence = block(sequence)
-        logits: Tensor = self.output(self.norm(newest(sequence, batch)))
+        assert isinstance(last, Block)
+        logits: Tensor = self.output(self.norm(last.newest(sequence, batch)))
         return logits.squeeze(1)
 
 
@@ -53,16 +56,27 @@ class Block(nn.Module):
 
     def forward(self, sequence: Tensor) -> Tensor:
         """float32 (B, T, width) to the same."""
-        size, steps, width = sequence.shape
-        shape = (size, steps, 3, self.heads, width // self.heads)
-        query, key, value = (
-            self.query_key_value(self.attend_norm(sequence)).reshape(shape).permute(2, 0, 3, 1, 4)
-        )
-        scores = query @ key.transpose(2, 3) / (width // self.heads) ** 0.5
+        query, key, value = (heads.transpose(1, 2) for heads in self._query_key_value(sequence))
         # Padding is at the end, so what is causal never sees it from a real touchpoint.
-        future = torch.ones(steps, steps, dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, float("-inf")).softmax(dim=3)
-        seen = (weights @ value).transpose(1, 2).reshape(size, steps, width)
-        sequence = sequence + self.join(seen)
+        seen = scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self._feed(sequence + self.join(seen.transpose(1, 2).flatten(2)))
+
+    def newest(self, sequence: Tensor, batch: JourneyBatch) -> Tensor:
+        """float32 (B, width): of `forward`'s result the row of each journey's newest touchpoint."""
+        query, key, value = self._query_key_value(sequence)
+        steps = torch.arange(sequence.shape[1])
+        later = steps >= batch.length.clamp(min=1).unsqueeze(1)
+        scores = (newest(query, batch).unsqueeze(1) * key).sum(dim=3) / query.shape[3] ** 0.5
+        weights = scores.masked_fill(later.unsqueeze(2), float("-inf")).softmax(dim=1)
+        seen = (weights.unsqueeze(3) * value).sum(dim=1).flatten(1)
+        return self._feed(newest(sequence, batch) + self.join(seen))
+
+    def _query_key_value(self, sequence: Tensor) -> tuple[Tensor, ...]:
+        """Three of (B, T, heads, width of a head)."""
+        joint: Tensor = self.query_key_value(self.attend_norm(sequence))
+        size, steps, width = sequence.shape
+        return joint.view(size, steps, 3, self.heads, width // self.heads).unbind(2)
+
+    def _feed(self, sequence: Tensor) -> Tensor:
         fed: Tensor = self.narrow(torch.relu(self.widen(self.feed_norm(sequence))))
         return sequence + fed

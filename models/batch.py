@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ class JourneyBatch:
     """int64 (B,): touchpoints in the journey, 1 to T."""
     label: Tensor
     """float32 (B,): 1 converted within the horizon, 0 not."""
+    bag: Tensor | None = None
+    """float32 (B, width): of `models.embedding.TouchpointBag`, where it is already known."""
 
     def __len__(self) -> int:
         return len(self.label)
@@ -32,6 +35,20 @@ class JourneyBatch:
         """float32 (B, T): 1 on touchpoints, 0 on padding."""
         steps = torch.arange(self.categorical.shape[1])
         return (steps < self.length.unsqueeze(1)).to(self.numeric.dtype)
+
+    def split(self, sizes: list[int]) -> Iterator[JourneyBatch]:
+        """Batches of `sizes` journeys, one after the other, without copying."""
+        start = 0
+        for size in sizes:
+            part = slice(start, start + size)
+            yield JourneyBatch(
+                self.categorical[part],
+                self.numeric[part],
+                self.length[part],
+                self.label[part],
+                None if self.bag is None else self.bag[part],
+            )
+            start += size
 
 
 def to_batch(examples: Examples, rows: npt.NDArray[np.int64] | slice) -> JourneyBatch:

@@ -42,27 +42,31 @@ class TouchpointBag(nn.Module):
     def __init__(self, spec: FeatureSpec) -> None:
         super().__init__()
         self.offsets = _offsets(spec)
-        self.vocabulary = _vocabulary(spec)
-        self.width = 2 * self.vocabulary + 2 * len(spec.numeric) + 1
+        vocabulary, numeric = _vocabulary(spec), len(spec.numeric)
+        self.widths = [vocabulary, vocabulary, numeric, numeric, 1]
+        self.width = sum(self.widths)
 
     def forward(self, batch: JourneyBatch) -> Tensor:
         """float32 (B, width): share of touchpoints with each value, values of the newest
         touchpoint, numeric means, numeric newest, log of the length / 3.
         """
+        if batch.bag is not None:
+            return batch.bag
         mask = batch.mask()
         size = len(batch)
         rows = batch.categorical + self.offsets
         share = mask / batch.length.clamp(min=1).unsqueeze(1)
-        bag = mask.new_zeros(size, self.vocabulary)
-        spread = share.unsqueeze(2).expand(rows.shape)
-        bag.scatter_add_(1, rows.flatten(1), spread.flatten(1))
         newest = (batch.length - 1).clamp(min=0)
         picked = torch.arange(size)
-        last = mask.new_zeros(size, self.vocabulary)
+        result = mask.new_zeros(size, self.width)
+        bag, last, mean, final, length = torch.split(result, self.widths, dim=1)
+        spread = share.unsqueeze(2).expand(rows.shape)
+        bag.scatter_add_(1, rows.flatten(1), spread.flatten(1))
         last.scatter_(1, rows[picked, newest], 1.0)
-        mean = (batch.numeric * share.unsqueeze(2)).sum(dim=1)
-        length = (batch.length.to(mean.dtype).log() / 3.0).unsqueeze(1)
-        return torch.cat([bag, last, mean, batch.numeric[picked, newest], length], dim=1)
+        torch.sum(batch.numeric * share.unsqueeze(2), dim=1, out=mean)
+        final.copy_(batch.numeric[picked, newest])
+        length.copy_((batch.length.to(mask.dtype).log() / 3.0).unsqueeze(1))
+        return result
 
 
 def _vocabulary(spec: FeatureSpec) -> int:

@@ -6,9 +6,6 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
-from scipy.optimize import brentq
-from scipy.special import log_ndtr, ndtr
-
 from privacy import accountant
 from privacy.accountant import PrivacyEvent
 
@@ -93,6 +90,10 @@ def _noise_multiplier(
 def _guess(
     target: float, delta: float, sample_rate: float, steps: int, others: tuple[PrivacyEvent, ...]
 ) -> float:
+    # Imported here: unprotected training need not wait for it.
+    from scipy.optimize import brentq
+    from scipy.special import log_ndtr, ndtr
+
     # Where to begin, not a bound: the central limit of many small releases is one Gaussian release
     # with this reciprocal of its noise (Bu et al., "Deep Learning with Gaussian Differential
     # Privacy", 2020, corollary 4), whose epsilon is known (Balle and Wang, 2018, theorem 8).

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
-from torch import Tensor, nn
+from torch import Tensor
+
+from privacy.gradients import VisitorGradients, together
+from privacy.randomness import NORMAL_GRID, Randomness
 
 SMALLEST_CLIPPING_NORM = 1e-10
 """Below it, gradients whose squares vanish in float32 could pass it unseen."""
@@ -16,11 +19,11 @@ SMALLEST_CLIPPING_NORM = 1e-10
 class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
     """Hands a torch optimizer the gradient (sum of clipped gradients + noise) / expected batch.
 
-    Guarantee: with one example a visitor, a step is a Gaussian mechanism of L2 sensitivity
-    `clipping_norm` and noise multiplier `noise_multiplier` under add or remove one visitor; what
-    the torch optimizer makes of its result (momentum, weight decay, Adam) is post-processing.
-    (Abadi et al., "Deep Learning with Differential Privacy", 2016, Algorithm 1; the norm is over
-    all parameters together.)
+    Guarantee: a step is a Gaussian mechanism of L2 sensitivity `clipping_norm` and noise multiplier
+    `noise_multiplier` under add or remove one visitor, with all its examples; what the torch
+    optimizer makes of its result (momentum, weight decay, Adam) is post-processing. (Abadi et al.,
+    "Deep Learning with Differential Privacy", 2016, Algorithm 1; the norm is over all parameters
+    together.)
 
     Call `clip_and_accumulate` after the backward pass of each part of a batch, and `step` once
     a batch, also after an empty one.
@@ -29,9 +32,11 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
     gradient                     what it adds to the sum
     ===========================  ======================================================
     finite                       itself times min(1, C / norm): norm at most C(1 + 1e-6), and
-                                 less than C by float32's rounding, 6e-8 a parameter
+                                 less than C by rounding: float32's, 6e-8 a parameter, and what
+                                 rounding the sum to the noise's grid may add
     with a NaN or an infinity    exactly 0
-    norm above 1.8e19            exactly 0: it has no float32 square
+    norm above 1.8e19            exactly 0: it has no float32 square; so where what went into a
+                                 layer, or the gradient of what came out, is as large
     none: an empty batch         0; the noise is added all the same
     ===========================  ======================================================
     """
@@ -43,9 +48,9 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
         noise_multiplier: float,
         clipping_norm: float,
         expected_batch_size: float,
-        rng: np.random.Generator,
+        randomness: Randomness,
     ) -> None:
-        """Wrap `optimizer`, whose parameters belong to an Opacus GradSampleModule.
+        """Wrap `optimizer`, which steps the parameters of a model.
 
         Args:
             optimizer: makes the step from the noised gradient.
@@ -53,8 +58,11 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
             clipping_norm: C, L2 bound on what one visitor adds to the sum; at least 1e-10.
             expected_batch_size: divides the noised sum. Public or already released: never the
                 size of the batch that was drawn.
-            rng: source of the noise. A seeded one is for simulation: who knows the seed can take
-                the noise off.
+            randomness: source of the noise.
+
+        Raises:
+            ValueError: `clipping_norm` is too small; or `noise_multiplier` too large for so many
+                parameters, of which rounding alone would move the sum by half of C.
         """
         if not clipping_norm >= SMALLEST_CLIPPING_NORM:
             raise ValueError(f"clipping_norm={clipping_norm}: must be {SMALLEST_CLIPPING_NORM} up")
@@ -64,37 +72,55 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
             max_grad_norm=clipping_norm,
             expected_batch_size=expected_batch_size,
         )
-        self.rng = rng
+        self._randomness = randomness
+        self._sizes = [p.numel() for p in self.params]
+        self._deviation = noise_multiplier * clipping_norm
+        # Two sums move apart by up to this when they are rounded to the noise's grid.
+        rounding = self._deviation * NORMAL_GRID * math.sqrt(sum(self._sizes))
+        if not rounding <= clipping_norm / 2:
+            raise ValueError(f"noise_multiplier={noise_multiplier}: too large for this model")
+        self._largest_norm = clipping_norm - rounding
+        self._sum = self._nothing()
 
-    def clip_and_accumulate(self, visitors: int) -> None:
-        """Add the clipped gradients of the last backward pass, over `visitors`, to the sum.
+    def clip_and_accumulate(self, gradients: Sequence[VisitorGradients]) -> None:
+        """Add each visitor's gradient, clipped, to the sum.
+
+        Args:
+            gradients: of the same visitors, each of other parameters, together of all.
 
         Raises:
-            RuntimeError: a parameter has no gradient for each visitor: it took no part, or its
-                layer saw something else than visitors as the first dimension. To clip such
-                gradients would protect no visitor.
+            RuntimeError: A parameter has no gradient, or has two.
         """
-        gradients = [_per_visitor(p, visitors) for p in self.params]
-        factor = _clipping_factors(gradients, self.max_grad_norm)
-        for p, gradient in zip(self.params, gradients, strict=True):
-            clipped_sum = (factor @ gradient).view_as(p)
-            p.summed_grad = clipped_sum if p.summed_grad is None else p.summed_grad + clipped_sum
-            p.grad_sample = None
+        norms = together([g.norms() for g in gradients])
+        broken = ~norms.isfinite()
+        if broken.any():
+            gradients = [g.without(broken) for g in gradients]
+        # In whatever order it is summed, a norm of n numbers is off by less than this share.
+        rounding = sum(self._sizes) * torch.finfo(norms.dtype).eps / 2
+        factors = self._largest_norm / (norms * (1 + rounding))
+        factors = factors.clamp(max=1.0).masked_fill(broken, 0.0)
+
+        sums = [part for g in gradients for part in g.weighted_sums(factors)]
+        by_parameter = dict(sums)
+        if len(sums) != len(self._sizes) or set(by_parameter) != set(self.params):
+            raise RuntimeError("each parameter needs exactly one gradient a visitor")
+        self._sum += torch.cat([by_parameter[p].flatten() for p in self.params])
 
     def add_noise(self) -> None:
-        """Set each parameter's gradient to the sum plus noise of deviation multiplier x C."""
-        deviation = self.noise_multiplier * self.max_grad_norm
-        for p in self.params:
-            noise = self.rng.standard_normal(p.shape, dtype=np.float32)
-            p.grad = torch.from_numpy(noise).mul_(deviation)
-            if p.summed_grad is not None:
-                p.grad += p.summed_grad
-                p.summed_grad = None
+        """Add noise of deviation multiplier x C to the sum, both on the grid of the noise."""
+        if self._deviation > 0:
+            units = (
+                (self._sum.double() / (self._deviation * NORMAL_GRID)).round_().mul_(NORMAL_GRID)
+            )
+            units += torch.from_numpy(self._randomness.normal(len(units)))
+            self._sum = units.mul_(self._deviation)
 
     def scale_grad(self) -> None:
-        """Divide the noised sum by the expected batch size."""
-        for p in self.params:
-            p.grad /= self.expected_batch_size
+        """Set each parameter's gradient to its part of the sum / the expected batch size."""
+        gradient = (self._sum / self.expected_batch_size).to(self.params[0].dtype)
+        for p, part in zip(self.params, torch.split(gradient, self._sizes), strict=True):
+            p.grad = part.view_as(p)
+        self._sum = self._nothing()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Turn the sum so far into the noised gradient."""
@@ -102,28 +128,5 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
         self.scale_grad()
         return True
 
-
-def _per_visitor(p: nn.Parameter, visitors: int) -> Tensor:
-    gradient = getattr(p, "grad_sample", None)
-    if not isinstance(gradient, Tensor) or len(gradient) != visitors:
-        raise RuntimeError(
-            f"a parameter of shape {tuple(p.shape)} has no gradient for each of {visitors} "
-            "visitors: every layer must see visitors as its first dimension, in every forward pass"
-        )
-    flat: Tensor = gradient.reshape(visitors, -1)
-    return flat
-
-
-def _clipping_factors(gradients: list[Tensor], clipping_norm: float) -> Tensor:
-    """(B,) what to multiply each visitor's gradient by; sets those without a finite norm to 0."""
-    norms: Tensor = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients]), dim=0
-    )
-    broken = ~norms.isfinite()
-    if broken.any():
-        for gradient in gradients:
-            gradient[broken] = 0
-    # In whatever order it is summed, a float32 norm of n numbers is off by less than this share.
-    rounding = sum(g.shape[1] for g in gradients) * 2.0**-24
-    factors = clipping_norm / (norms * (1 + rounding))
-    return factors.clamp(max=1.0).masked_fill(broken, 0.0)
+    def _nothing(self) -> Tensor:
+        return torch.zeros(sum(self._sizes), dtype=self.params[0].dtype)

@@ -1,13 +1,17 @@
 """A site's training in one round, with DP-SGD or without protection.
 
-Guarantee of private training. The privacy unit is the visitor and each visitor has one example.
-A step draws each visitor independently with probability q (Poisson sampling), cuts each drawn
-visitor's gradient to L2 norm C and adds Gaussian noise of deviation noise multiplier x C to the
-sum. Adding or removing one visitor changes the sum, if that visitor is drawn, by one clipped
-gradient: the sensitivity is C. A step is therefore a Poisson-sampled Gaussian mechanism and
-`steps` of them are the `PrivacyEvent` of `LocalTraining.event` (Abadi et al., "Deep Learning with
-Differential Privacy", 2016). For this to hold the sample rate, the steps and the expected batch
-size must not depend on the visitors: they come from public config and a released, noised count.
+Guarantee of private training. The privacy unit is the visitor, with all its examples. A step draws
+each visitor independently with probability q (Poisson sampling), averages the gradients of a drawn
+visitor's examples, cuts this mean to L2 norm C and adds Gaussian noise of deviation noise
+multiplier x C to the sum. Adding or removing one visitor changes the sum, if that visitor is drawn,
+by one clipped gradient: the sensitivity is C. A step is therefore a Poisson-sampled Gaussian
+mechanism and `steps` of them are the `PrivacyEvent` of `LocalTraining.event` (Abadi et al., "Deep
+Learning with Differential Privacy", 2016). For this to hold the sample rate, the steps and the
+expected batch size must not depend on the visitors: they come from public config and a released,
+noised count.
+
+A visitor's gradient is the mean of its examples', not the sum, so that it has the size of one
+example's whatever their number: the same C fits, and who has more journeys weighs no more.
 
 Everything after the noise (division by the expected batch size, momentum, Adam, weight decay,
 FedProx's proximal term) reads only released quantities: post-processing, at no cost.
@@ -15,30 +19,37 @@ FedProx's proximal term) reads only released quantities: post-processing, at no 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from conf.schema import OptimizerConfig
 from journeys.examples import Examples
-from models.batch import to_batch
+from models.batch import JourneyBatch, to_batch
 from models.weights import get_weights, set_weights
 from privacy.accountant import PrivacyEvent
+from privacy.randomness import Randomness
 
 if TYPE_CHECKING:
-    from opacus import GradSampleModule
-
+    from privacy.engines import Engine
     from privacy.optimizer import VisitorDPOptimizer
+
+AHEAD = 4096
+"""Examples that are read at once, for several steps."""
 
 Weights = dict[str, npt.NDArray[np.float32]]
 """A model's parameters by name."""
+
+_Part = tuple[npt.NDArray[np.int64], int]
+"""Rows of examples, those of a visitor in a row; and how many each visitor has."""
+_Step = list[tuple[JourneyBatch, int]]
+"""The same as batches: all of a step, none if nobody was drawn."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class LocalTraining:
     """What a site does in one round. Nothing in it may depend on the site's visitors."""
 
     sample_rate: float
-    """Probability with which a step draws each visitor, in (0, 1]."""
+    """Probability with which a step draws each visitor, in (0, 1]; not each example."""
     steps: int
     """Optimizer steps, 1 or more."""
     expected_batch_size: float
@@ -57,6 +68,8 @@ class LocalTraining:
     """C: L2 bound on one visitor's gradient, above 0."""
     optimizer: OptimizerConfig
     """What turns gradients into steps; started anew each round."""
+    clipping_engine: str = "bookkeeping"
+    """How visitors' gradients are made, `bookkeeping` or `opacus`: the same but for rounding."""
     proximal_mu: float = 0.0
     """Weight of FedProx's proximal term mu/2 x |w - w_round|², 0 or more."""
 
@@ -88,59 +101,94 @@ class Trainer:
         must take part in every forward pass; private training checks both.
         """
         self.model = model
-        self._wrapped: GradSampleModule | None = None
+        self._engines: dict[str, Engine] = {}
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's parameters."""
+        return sum(p.numel() for p in self.model.parameters())
 
     def train(
         self,
         weights: Mapping[str, npt.NDArray[np.float32]],
         examples: Examples,
         training: LocalTraining,
-        seed: np.random.SeedSequence,
+        randomness: Randomness,
     ) -> Weights:
         """The weights after `training` on `examples` from `weights`.
 
         Guarantee: with a noise multiplier above 0, the result is `training.event` under add or
         remove one visitor (see this module). With 0 there is none.
 
-        The loss is the binary cross entropy, summed over the batch and divided by
-        `training.expected_batch_size`. The same seed gives the same bits: `seed` feeds two
-        independent streams, one that draws visitors and one that draws noise. Seeded training is
-        for simulation: who knows the seed knows who was drawn and can take the noise off.
+        The loss is the binary cross entropy, the mean over each visitor's examples, summed over the
+        drawn visitors and divided by `training.expected_batch_size`.
 
         Args:
             weights: of the model, by name. Left as they are.
-            examples: one a visitor.
+            examples: of any number of visitors.
             training: what to do.
-            seed: of this run, site and round.
+            randomness: decides who is drawn, and the noise. From the same seed come the same bits.
 
         Raises:
             RuntimeError: `weights` do not fit the model, or the model does not keep visitors apart.
+            TypeError: `training.clipping_engine` has no way to clip a layer of the model.
         """
         self._load(weights)
-        sampling, noise = _streams(seed)
-        base = _optimizer(self.model, training)
-        private = _make_private(base, training, noise) if training.noise_multiplier > 0 else None
-        if private is None:
-            model, optimizer, scale = self._plain(), base, 1 / training.expected_batch_size
+        optimizer = _optimizer(self.model, training)
+        steps = self._steps(examples, training, randomness)
+        if training.noise_multiplier > 0:
+            self._train_privately(steps, training, _make_private(optimizer, training, randomness))
         else:
-            model, optimizer, scale = self._per_visitor(), private, 1.0
-
-        with warnings.catch_warnings():
-            # Torch says so of layers whose input needs no gradient; their own is right.
-            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-            for _ in range(training.steps):
-                optimizer.zero_grad(set_to_none=False)
-                rows = np.flatnonzero(sampling.random(len(examples)) < training.sample_rate)
-                for start in range(0, len(rows), training.optimizer.microbatch):
-                    batch = to_batch(examples, rows[start : start + training.optimizer.microbatch])
-                    losses = binary_cross_entropy_with_logits(
-                        model(batch), batch.label, reduction="sum"
-                    )
-                    torch.autograd.backward(losses * scale)
-                    if private is not None:
-                        private.clip_and_accumulate(len(batch))
-                optimizer.step()
+            self._train_plainly(steps, training, optimizer)
         return get_weights(self.model)
+
+    def _train_privately(
+        self, steps: Iterator[_Step], training: LocalTraining, optimizer: VisitorDPOptimizer
+    ) -> None:
+        engine = self._engine(training.clipping_engine)
+        for step in steps:
+            for batch, each in step:
+                loss = _loss(engine(batch), batch) / each
+                optimizer.clip_and_accumulate(engine.visitor_gradients(loss, len(batch), each))
+            optimizer.step()
+
+    def _train_plainly(
+        self, steps: Iterator[_Step], training: LocalTraining, optimizer: torch.optim.Optimizer
+    ) -> None:
+        for step in steps:
+            optimizer.zero_grad(set_to_none=False)
+            for batch, each in step:
+                loss = _loss(self.model(batch), batch) / (each * training.expected_batch_size)
+                torch.autograd.backward(loss)
+            optimizer.step()
+
+    def _steps(
+        self, examples: Examples, training: LocalTraining, randomness: Randomness
+    ) -> Iterator[_Step]:
+        """The batches of each step. Those of several are read at once, which costs less."""
+        visitors = _Visitors(examples)
+        waiting: list[list[_Part]] = []
+        ahead = 0
+        for step in range(1, training.steps + 1):
+            waiting.append(list(visitors.draw(training, randomness)))
+            ahead += sum(len(rows) for rows, _ in waiting[-1])
+            if ahead >= AHEAD or step == training.steps:
+                yield from self._read(examples, waiting)
+                waiting, ahead = [], 0
+
+    def _read(self, examples: Examples, waiting: list[list[_Part]]) -> Iterator[_Step]:
+        parts = [rows for step in waiting for rows, _ in step]
+        batches: Iterator[JourneyBatch] = iter(())
+        if parts:
+            batch = self._fixed(to_batch(examples, np.concatenate(parts)))
+            batches = batch.split([len(rows) for rows in parts])
+        for step in waiting:
+            yield [(next(batches), each) for _, each in step]
+
+    def _fixed(self, batch: JourneyBatch) -> JourneyBatch:
+        """With what the model makes of it before its first parameter."""
+        bag = getattr(self.model, "bag", None)
+        return batch if bag is None else replace(batch, bag=bag(batch))
 
     def _load(self, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
         set_weights(self.model, weights)
@@ -148,29 +196,36 @@ class Trainer:
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p)
 
-    def _per_visitor(self) -> nn.Module:
-        if self._wrapped is None:
+    def _engine(self, name: str) -> Engine:
+        if name not in self._engines:
             # The import takes 2 s, which unprotected training need not wait for.
-            from opacus import GradSampleModule
+            from privacy.engines import ENGINES
 
-            self._wrapped = GradSampleModule(self.model, loss_reduction="sum")
-        self._wrapped.enable_hooks()
-        wrapped: nn.Module = self._wrapped
-        return wrapped
-
-    def _plain(self) -> nn.Module:
-        if self._wrapped is not None:
-            self._wrapped.disable_hooks()
-        return self.model
+            self._engines[name] = ENGINES[name](self.model)
+        return self._engines[name]
 
 
-def _streams(seed: np.random.SeedSequence) -> tuple[np.random.Generator, np.random.Generator]:
-    # Not seed.spawn, which answers anew each time.
-    sampling, noise = (
-        np.random.default_rng(np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, i)))
-        for i in range(2)
-    )
-    return sampling, noise
+class _Visitors:
+    """A site's examples, visitor by visitor."""
+
+    def __init__(self, examples: Examples) -> None:
+        self._rows, self._count = examples.by_visitor()
+        self._start = np.cumsum(self._count) - self._count
+
+    def draw(self, training: LocalTraining, randomness: Randomness) -> Iterator[_Part]:
+        """One step's visitors, in parts that fit in memory and have equally many examples each."""
+        drawn = np.flatnonzero(randomness.uniform(len(self._count)) < training.sample_rate)
+        count = self._count[drawn]
+        for each in sorted(set(count.tolist())):
+            alike = drawn[count == each]
+            size = max(1, training.optimizer.microbatch // each)
+            for start in range(0, len(alike), size):
+                first = self._start[alike[start : start + size]]
+                yield self._rows[(first[:, None] + np.arange(each)).ravel()], each
+
+
+def _loss(logits: Tensor, batch: JourneyBatch) -> Tensor:
+    return binary_cross_entropy_with_logits(logits, batch.label, reduction="sum")
 
 
 def _optimizer(model: nn.Module, training: LocalTraining) -> torch.optim.Optimizer:
@@ -179,11 +234,15 @@ def _optimizer(model: nn.Module, training: LocalTraining) -> torch.optim.Optimiz
     optimizer: torch.optim.Optimizer
     if config.name == "sgd":
         optimizer = torch.optim.SGD(
-            parameters, config.learning_rate, config.momentum, weight_decay=config.weight_decay
+            parameters,
+            config.learning_rate,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
     else:
         optimizer = torch.optim.Adam(
-            parameters, config.learning_rate, weight_decay=config.weight_decay
+            parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
     if training.proximal_mu > 0:
         round_weights = [p.detach().clone() for p in parameters]
@@ -198,7 +257,7 @@ def _optimizer(model: nn.Module, training: LocalTraining) -> torch.optim.Optimiz
 
 
 def _make_private(
-    optimizer: torch.optim.Optimizer, training: LocalTraining, rng: np.random.Generator
+    optimizer: torch.optim.Optimizer, training: LocalTraining, randomness: Randomness
 ) -> VisitorDPOptimizer:
     from privacy.optimizer import VisitorDPOptimizer
 
@@ -207,5 +266,5 @@ def _make_private(
         noise_multiplier=training.noise_multiplier,
         clipping_norm=training.clipping_norm,
         expected_batch_size=training.expected_batch_size,
-        rng=rng,
+        randomness=randomness,
     )

@@ -9,14 +9,23 @@ from conf.schema import ModelConfig, OptimizerConfig, PrivacyConfig
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """One request, the same for every site. A site checks it; it commands nothing."""
+    """One request, the same for every site. A site checks it; it commands nothing.
 
+    Within a run the plans differ in `round` alone.
+    """
+
+    federation: str
+    """Who asks: a site's policy names the federations that may."""
+    purpose: str
+    """What the model will be used for: a site's policy names the purposes that it allows."""
     run: str
     """Identifies the run, over restarts too."""
     round: int
     """1 to `rounds`; 0 before the first round (describe)."""
     rounds: int
     """Rounds of the whole run: what the privacy budget has to last for."""
+    evaluations: int
+    """Evaluations of the whole run, which share the privacy of the visitors held out."""
     model: ModelConfig
     optimizer: OptimizerConfig
     privacy: PrivacyConfig

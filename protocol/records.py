@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from protocol.plan import RoundPlan
@@ -15,6 +16,8 @@ from protocol.replies import (
     Weights,
 )
 from protocol.wire import WireError, from_text, to_text
+
+_SAFETENSORS = "safetensors"
 
 REPLIES: dict[str, type[Reply]] = {
     kind.__name__: kind for kind in (SiteDescription, SiteEvaluation, SiteUpdate, SiteRefusal)
@@ -55,7 +58,10 @@ def read_reply(records: RecordDict) -> Reply:
 def _records(kind: str, text: str, weights: Weights | None = None) -> RecordDict:
     records = RecordDict({"text": ConfigRecord({kind: text})})
     if weights is not None:
-        records["weights"] = ArrayRecord({name: Array(value) for name, value in weights.items()})
+        # Not ascontiguousarray: it would turn a single number into an array of one.
+        tensors = {name: np.asarray(value, order="C") for name, value in weights.items()}
+        data = safetensors.numpy.save(tensors)
+        records["weights"] = ArrayRecord({_SAFETENSORS: Array("", (), _SAFETENSORS, data)})
     return records
 
 
@@ -70,14 +76,14 @@ def _weights(records: RecordDict) -> Weights:
     record = records.array_records.get("weights")
     if record is None:
         return {}
+    if set(record) != {_SAFETENSORS} or record[_SAFETENSORS].stype != _SAFETENSORS:
+        raise WireError("weights: not in the format of safetensors")
     try:
-        arrays = {name: array.numpy() for name, array in record.items()}
+        weights = safetensors.numpy.load(record[_SAFETENSORS].data)
     except Exception as error:
-        # Whatever numpy raises on hostile bytes: ValueError, BadZipFile, MemoryError and more.
-        raise WireError("weights: an array that cannot be read") from error
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise WireError(f"weights.{name}: an archive instead of an array")
+        # Whatever hostile bytes raise: SafetensorError, KeyError of an unknown type and more.
+        raise WireError("weights: arrays that cannot be read") from error
+    for name, array in weights.items():
         if array.dtype != np.float32:
             raise WireError(f"weights.{name}: {array.dtype} instead of float32")
-    return arrays
+    return weights

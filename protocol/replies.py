@@ -31,6 +31,14 @@ class SiteEvaluation:
     round: int
     """The model evaluated is the one after so many rounds."""
     histogram: ScoreHistogram
+    noise: float
+    """Standard deviation of the noise on each count; 0 where nothing is protected."""
+    epsilon: float | None
+    """As in `SiteUpdate`."""
+
+    def __post_init__(self) -> None:
+        if not self.noise >= 0:
+            raise ValueError("noise: must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,6 @@ class SiteUpdate:
     epsilon: float | None
     """The site's own account of a visitor's privacy loss so far, this round included; None where
     nothing is protected. For the report: nothing is decided by it."""
-    evaluation: SiteEvaluation
-    """Of the round's model as it was received."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class SiteRefusal:
     site: str
     round: int
     reason: str
-    """Names the field, what was asked and what is allowed."""
+    """Names the field, what was asked and what is allowed. Nothing in it comes from a journey."""
 
 
 Reply = SiteDescription | SiteEvaluation | SiteUpdate | SiteRefusal

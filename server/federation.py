@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from conf.schema import Unprotected
+from evaluation.histogram import EXACT, NOISED
 from journeys.site import natural_order
 from protocol.plan import RoundPlan
 from protocol.records import plan_records, read_reply
@@ -23,6 +26,7 @@ from protocol.replies import (
 from protocol.wire import WireError
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.0005, 0.1
+_LARGEST_COUNT = 1e12
 
 
 class JoinError(RuntimeError):
@@ -127,10 +131,8 @@ class Federation:
                 return SiteFailure(name, "dropped", reason)
             if reply.site != name:
                 return SiteFailure(name, "dropped", "answered under another site's name")
-        if isinstance(reply, SiteUpdate):
-            evaluation = reply.evaluation
-            if (evaluation.site, evaluation.round) != (name, plan.round - 1):
-                return SiteFailure(name, "dropped", "evaluated for another site or round")
+        if isinstance(reply, SiteEvaluation) and (fault := _fault(reply, plan)):
+            return SiteFailure(name, "dropped", fault)
         return reply
 
 
@@ -150,6 +152,18 @@ def _exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[M
             return
         if open_ids and not replies:
             time.sleep(min(max(waited / 100, _SHORTEST_POLL_S), _LONGEST_POLL_S))
+
+
+def _fault(evaluation: SiteEvaluation, plan: RoundPlan) -> str:
+    histogram = evaluation.histogram
+    bins = EXACT if isinstance(plan.privacy, Unprotected) else NOISED
+    if histogram.bins != bins:
+        return f"histogram: {histogram.bins.count} bins instead of {bins.count}"
+    if max(np.abs(histogram.negative).max(), np.abs(histogram.positive).max()) > _LARGEST_COUNT:
+        return f"histogram: a count beyond {_LARGEST_COUNT:g}"
+    if evaluation.noise > _LARGEST_COUNT:
+        return f"noise: beyond {_LARGEST_COUNT:g}"
+    return ""
 
 
 def _first_reason(answers: Iterable[Reply | SiteFailure]) -> str:

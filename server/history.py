@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from evaluation.band import Band, noise_band
 from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import Metrics, metrics
 from journeys.site import natural_order
@@ -63,11 +66,19 @@ class EvaluationReport:
 
     round: int
     evaluations: list[SiteEvaluation]
+    failures: list[SiteFailure]
 
-    @property
+    @cached_property
     def histogram(self) -> ScoreHistogram:
         """Over all sites."""
-        return sum((e.histogram for e in self.evaluations), ScoreHistogram.empty())
+        histograms = [e.histogram for e in self.evaluations] or [ScoreHistogram.empty()]
+        return sum(histograms[1:], histograms[0]).without_noise_below_zero()
+
+    @cached_property
+    def band(self) -> Band:
+        """How far the noise may have moved each metric of `histogram`."""
+        noise = math.hypot(*(e.noise for e in self.evaluations))
+        return noise_band(self.histogram, noise)
 
     def record(self) -> dict[str, Any]:
         """As one line of `metrics.jsonl`."""
@@ -75,7 +86,12 @@ class EvaluationReport:
             "kind": "evaluation",
             "round": self.round,
             "global": metrics_record(metrics(self.histogram)),
-            "sites": {e.site: metrics_record(metrics(e.histogram)) for e in self.evaluations},
+            "band": band_record(self.band),
+            "sites": {
+                e.site: metrics_record(metrics(e.histogram.without_noise_below_zero()))
+                for e in self.evaluations
+            },
+            "failures": {f.site: {"outcome": f.outcome, "reason": f.reason} for f in self.failures},
         }
 
 
@@ -100,3 +116,16 @@ class History:
 def metrics_record(values: Metrics) -> dict[str, float | None]:
     """Metrics for JSON: what is unknown is null."""
     return {name: None if math.isnan(v) else v for name, v in asdict(values).items()}
+
+
+def band_record(band: Band) -> dict[str, list[float] | None]:
+    """A noise band for JSON: what is unknown is null."""
+    return {name: None if math.isnan(low) else [low, high] for name, (low, high) in band.items()}
+
+
+def plus_minus(band: Sequence[float] | None, value: float | None) -> str:
+    """A recorded band around `value` as "± 0.021"; empty where it is unknown or without width."""
+    if band is None or value is None or not band[1] > band[0]:
+        return ""
+    # One of the two ends may have been cut off at the end of the metric's range.
+    return f"± {max(band[1] - value, value - band[0]):.3f}"

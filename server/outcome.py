@@ -10,10 +10,10 @@ from typing import Any
 from conf.schema import Config, VisitorDP
 from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import metrics
+from journeys.site import natural_order
 from models.saved import save
 from protocol.replies import Weights
-from server.history import EvaluationReport, History, metrics_record
-from server.report import write_report
+from server.history import EvaluationReport, History, band_record, metrics_record
 from server.statement import privacy_statement
 
 
@@ -40,10 +40,11 @@ def write_outcome(
 ) -> Outcome:
     """Write `model.safetensors`, `model.json`, `summary.json` and `report.html`."""
     rounds = [record for record in history.records if record["kind"] == "round"]
-    spent = _last_epsilons(rounds)
+    spent = _last_epsilons(rounds, final)
     epsilon = max(spent.values(), default=None)
     statement = privacy_statement(config, epsilon)
-    sites = final.record()["sites"]
+    evaluated = final.record()["sites"]
+    sites = sorted({*evaluated, *(s for r in rounds for s in r["sites"])}, key=natural_order)
     summary = {
         "title": f"{len(sites)} sites, {config.model.name}, {_protection(config)}",
         "rounds": config.rounds,
@@ -52,8 +53,9 @@ def write_outcome(
         "delta": config.privacy.delta if isinstance(config.privacy, VisitorDP) else None,
         "privacy_statement": statement,
         "global": metrics_record(metrics(final.histogram)),
+        "band": band_record(final.band),
         "sites": {
-            site: {"metrics": values, "epsilon": spent.get(site)} for site, values in sites.items()
+            site: {"metrics": evaluated.get(site), "epsilon": spent.get(site)} for site in sites
         },
         "baselines": [{"name": name, **_areas(histogram)} for name, histogram in baselines.items()],
         "histogram": {
@@ -74,17 +76,20 @@ def write_outcome(
             "metrics": summary["global"],
         },
     )
+    # Plots take half a second and 30 MB to load, which a run's rounds do not need.
+    from server.report import write_report
+
     write_report(folder)
     return Outcome(summary, folder)
 
 
-def _last_epsilons(rounds: list[dict[str, Any]]) -> dict[str, float]:
+def _last_epsilons(rounds: list[dict[str, Any]], final: EvaluationReport) -> dict[str, float]:
     spent: dict[str, float] = {}
     for record in rounds:
         for site, told in record["sites"].items():
             if told["epsilon"] is not None:
                 spent[site] = told["epsilon"]
-    return spent
+    return spent | {e.site: e.epsilon for e in final.evaluations if e.epsilon is not None}
 
 
 def _areas(histogram: ScoreHistogram) -> dict[str, float | None]:

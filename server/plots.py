@@ -78,22 +78,25 @@ def over_rounds(
     label: str,
     title: str,
     size: tuple[float, float] = WIDE,
+    noise: Sequence[tuple[float, float]] = (),
 ) -> str:
     """A value over rounds: all sites together bold, each site thin, fixed `levels` dashed.
 
-    `main` and each of `sites` hold one value a round, NaN where there is none. Above twelve sites
-    the thin lines become a band from the 10th to the 90th percentile; a single site is not told
-    apart from all.
+    `main` and each of `sites` hold one value a round, NaN where there is none; `noise` holds the
+    lower and upper end to which privacy noise may have moved `main`. Above twelve sites the thin
+    lines become a band from the 10th to the 90th percentile; a single site is not told apart from
+    all.
     """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         if len(sites) > _THIN_LINES:
             low, high = _band(sites.values())
-            label_of_band = "middle 80 % of sites"
-            axes.fill_between(
-                rounds, low, high, color=ACCENT, alpha=0.18, linewidth=0, label=label_of_band
-            )
+            look: dict[str, Any] = {"color": ACCENT, "alpha": 0.18, "label": "middle 80 % of sites"}
+            if len(rounds) == 1:
+                axes.vlines(rounds, low, high, linewidth=14, **look)
+            else:
+                axes.fill_between(rounds, low, high, linewidth=0, **look)
         elif len(sites) > 1:
             for index, (name, values) in enumerate(sites.items()):
                 (line,) = axes.plot(
@@ -102,6 +105,19 @@ def over_rounds(
                 line.set_gid(_gid(name))
                 line.set_label("each site" if index == 0 else "")
         axes.plot(rounds, main, color=ACCENT, linewidth=2.4, marker=_dot(main), label="all sites")
+        if any(high > low for low, high in noise):
+            low, high = np.transpose(noise)
+            middle = np.asarray(main, np.float64)
+            axes.errorbar(
+                rounds,
+                middle,
+                yerr=[middle - low, high - middle],
+                fmt="none",
+                ecolor=ACCENT,
+                elinewidth=1.4,
+                capsize=3,
+                label="90 % band of the noise",
+            )
         for (name, level), style in zip(levels.items(), itertools.cycle(_LEVELS), strict=False):
             if math.isfinite(level):
                 axes.axhline(level, color=MUTED, linewidth=1.3, linestyle=style, label=name)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import calibration_curve, roc_curve
 from server import plots
+from server.history import plus_minus
 from server.page import PAGE
 
 DASH = "–"  # noqa: RUF001
@@ -29,12 +30,12 @@ METRIC_COLUMNS = {
     "expected_calibration_error": "Calibration error",
 }
 _SUMMARY_FIELDS = (
-    "title", "rounds", "seconds", "epsilon", "delta", "privacy_statement", "global", "sites",
-    "baselines", "histogram",
+    "title", "rounds", "seconds", "epsilon", "delta", "privacy_statement", "global", "band",
+    "sites", "baselines", "histogram",
 )  # fmt: skip
 _RECORD_FIELDS = {
     "round": ("round", "completed", "reason", "epsilon", "sites"),
-    "evaluation": ("round", "global", "sites"),
+    "evaluation": ("round", "global", "band", "sites", "failures"),
 }
 _NAMED_SITES = 5
 
@@ -100,7 +101,7 @@ def write_report(folder: Path) -> Path:
         title=summary["title"],
         statement=summary["privacy_statement"],
         plots=_plots(summary, rounds, evaluations, target),
-        tables=[_site_table(summary), _problem_table(rounds)],
+        tables=[_site_table(summary), _problem_table(rounds, evaluations)],
         subtitle=_subtitle(summary, rounds),
         figures=_figures(summary, target),
         warning=summary["epsilon"] is None,
@@ -200,16 +201,26 @@ def _subtitle(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -
 
 def _figures(summary: Mapping[str, Any], target: float) -> list[Figure]:
     measured, baselines = summary["global"], summary["baselines"]
+
+    def noise(key: str) -> list[tuple[str, str]]:
+        half = plus_minus(summary["band"].get(key), measured[key])
+        return [("noise (90 %)", half)] if half else []
+
     figures = [
         Figure(
             "ROC-AUC",
             _cell(measured["roc_auc"]),
-            [*((line["name"], _cell(line["roc_auc"])) for line in baselines), ("chance", "0.500")],
+            [
+                *noise("roc_auc"),
+                *((line["name"], _cell(line["roc_auc"])) for line in baselines),
+                ("chance", "0.500"),
+            ],
         ),
         Figure(
             "PR-AUC",
             _cell(measured["pr_auc"]),
             [
+                *noise("pr_auc"),
                 *((line["name"], _cell(line["pr_auc"])) for line in baselines),
                 ("chance", _cell(measured["base_rate"])),
             ],
@@ -218,6 +229,7 @@ def _figures(summary: Mapping[str, Any], target: float) -> list[Figure]:
             "Normalised entropy",
             _cell(measured["normalised_entropy"]),
             [
+                *noise("normalised_entropy"),
                 ("always the base rate", "1.000"),
                 ("log-loss", _cell(measured["log_loss"])),
                 ("calibration error", _cell(measured["expected_calibration_error"])),
@@ -244,7 +256,10 @@ def _plots(
         curves = _curves(evaluations, summary["sites"], key)
         overall = [_number(record["global"][key]) for record in evaluations]
         rounds_evaluated = [record["round"] for record in evaluations]
-        picture = plots.over_rounds(rounds_evaluated, overall, curves, levels, label, title)
+        bands = [record["band"].get(key) or (math.nan, math.nan) for record in evaluations]
+        picture = plots.over_rounds(
+            rounds_evaluated, overall, curves, levels, label, title, noise=bands
+        )
         pictures.append((title, picture))
     if summary["epsilon"] is not None:
         curves = _curves(rounds, summary["sites"], "epsilon")
@@ -290,24 +305,29 @@ def _site_table(summary: Mapping[str, Any]) -> Table:
     return Table("Sites", columns, rows, first_is_total=True)
 
 
-def _problem_table(rounds: Sequence[Mapping[str, Any]]) -> Table:
+def _problem_table(
+    rounds: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> Table:
     """What did not go as planned, one row for all sites with the same outcome in a round."""
     rows: list[list[object]] = []
-    for record in rounds:
-        if not record["completed"]:
-            rows.append([record["round"], "round failed", record["reason"], "all"])
+    # Sorting keeps the order of equals: a round's training comes before its evaluation.
+    for record in sorted([*rounds, *evaluations], key=lambda record: int(record["round"])):
+        step = "training" if record["kind"] == "round" else "evaluation"
+        if not record.get("completed", True):
+            rows.append([record["round"], step, "round failed", record["reason"], "all"])
         alike: dict[tuple[str, str], list[str]] = {}
-        for name, site in record["sites"].items():
+        for name, site in record["sites" if step == "training" else "failures"].items():
             if site["outcome"] != "trained":
                 alike.setdefault((site["outcome"], site["reason"]), []).append(name)
         for (outcome, reason), names in alike.items():
             more = f" and {len(names) - _NAMED_SITES} more" if len(names) > _NAMED_SITES else ""
-            rows.append([record["round"], outcome, reason, ", ".join(names[:_NAMED_SITES]) + more])
+            sites = ", ".join(names[:_NAMED_SITES]) + more
+            rows.append([record["round"], step, outcome, reason, sites])
     return Table(
         "What went wrong",
-        ["Round", "Outcome", "Reason", "Sites"],
+        ["Round", "Step", "Outcome", "Reason", "Sites"],
         rows,
-        if_empty="Nothing: every site trained in every round.",
+        if_empty="Nothing: every site answered soundly whenever it was asked.",
     )
 
 

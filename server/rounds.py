@@ -15,7 +15,7 @@ from journeys.features import feature_spec
 from models.registry import build
 from models.weights import get_weights
 from protocol.plan import RoundPlan
-from protocol.replies import SiteEvaluation, Weights
+from protocol.replies import SiteEvaluation, SiteFailure, Weights
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.federation import Federation
 from server.history import EvaluationReport, History, RoundReport
@@ -54,7 +54,7 @@ def run_rounds(
 
     for round_ in range(checkpoint.round + 1, config.rounds + 1):
         started = time.monotonic()
-        # 1. Ask every site to train; each evaluates the model it was sent on the way.
+        # 1. Ask every site to train.
         plan = replace(plan, round=round_)
         answers = federation.train(plan, weights, config.strategy.round_timeout_s)
         # 2. Keep what is sound.
@@ -66,19 +66,17 @@ def run_rounds(
             counts = _site_weights(federation, config)
             weights = aggregator.combine(round_, weights, sound, counts)
         # 4. Put it on record.
-        report(EvaluationReport(round_ - 1, [update.evaluation for update in sound]))
         seconds = time.monotonic() - started
         delta = config.privacy.delta if isinstance(config.privacy, VisitorDP) else None
         report(RoundReport(round_, completed, reason, seconds, delta, sound, failed))
+        if round_ in evaluated_after(config) and round_ < config.rounds:
+            report(_evaluate(federation, plan, weights, config))
         save_checkpoint(
             folder / "checkpoints",
             Checkpoint(round_, len(history.records), weights, aggregator.state()),
         )
 
-    evaluated = federation.evaluate(plan, weights, config.strategy.round_timeout_s)
-    final = EvaluationReport(
-        config.rounds, [answer for answer in evaluated if isinstance(answer, SiteEvaluation)]
-    )
+    final = _evaluate(federation, replace(plan, round=config.rounds), weights, config)
     report(final)
     return weights, final, history
 
@@ -87,8 +85,23 @@ def first_plan(config: Config, run: str) -> RoundPlan:
     """The plan before the first round; later ones differ in `round` alone."""
     mu = config.strategy.proximal_mu if config.strategy.name == "fedprox" else 0.0
     return RoundPlan(
-        run, 0, config.rounds, config.model, config.optimizer, config.privacy, proximal_mu=mu
+        config.federation,
+        config.purpose,
+        run,
+        0,
+        config.rounds,
+        len(evaluated_after(config)),
+        config.model,
+        config.optimizer,
+        config.privacy,
+        proximal_mu=mu,
     )
+
+
+def evaluated_after(config: Config) -> set[int]:
+    """The rounds after which the model is evaluated; the last one is among them."""
+    n = min(config.evaluations, config.rounds)
+    return {round(i * config.rounds / n) for i in range(1, n + 1)}
 
 
 def initial_weights(config: Config) -> Weights:
@@ -96,6 +109,15 @@ def initial_weights(config: Config) -> Weights:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         return get_weights(build(config.model, feature_spec(config.data.features)))
+
+
+def _evaluate(
+    federation: Federation, plan: RoundPlan, weights: Weights, config: Config
+) -> EvaluationReport:
+    answers = federation.evaluate(plan, weights, config.strategy.round_timeout_s)
+    evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
+    failures = [answer for answer in answers if isinstance(answer, SiteFailure)]
+    return EvaluationReport(plan.round, evaluations, failures)
 
 
 def _site_weights(federation: Federation, config: Config) -> dict[str, float]:

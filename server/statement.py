@@ -28,9 +28,10 @@ def privacy_statement(config: Config, epsilon: float | None) -> list[str]:
         f"{promise.delta:g}.",
         "The protected unit is the visitor (add or remove one), not the single touchpoint. A "
         "visitor of several sites is protected at each; the losses of the sites add up.",
-        "The protection covers the trained model and the visitor counts that weigh the sites. "
-        "The evaluation figures on this page come from exact counts on visitors that training "
-        "never saw: they are for the eyes of who runs the simulation.",
+        "The protection covers all that left a site: its updates of the model, the visitor count "
+        "that weighs it, and the counts by which the model is evaluated, which come from visitors "
+        "that training never saw. Figures marked as exact are for the eyes of who runs the "
+        "simulation.",
         f"This was a simulation: its noise comes from seed {config.seed} and could be taken off "
         "by anyone who knows the seed.",
     ]

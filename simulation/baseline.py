@@ -1,13 +1,18 @@
-"""What a model is measured against: the conversion rate of the last touch's channel."""
+"""What a model's noised figures are measured against; a simulation may look at all journeys."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from conf.schema import ModelConfig
 from evaluation.histogram import ScoreHistogram
 from journeys.examples import Examples
 from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
+from models.registry import build
+from models.score import logits
+from models.weights import set_weights
+from protocol.replies import Weights
 
 
 def last_touch_channel(sites: list[SiteJourneys], spec: FeatureSpec) -> ScoreHistogram:
@@ -41,6 +46,19 @@ def true_probability(sites: list[SiteJourneys]) -> ScoreHistogram | None:
         logit = np.log(probability / (1 - probability)).astype(np.float32)
         total += ScoreHistogram.of(logit, np.asarray(site.holdout.label))
     return total
+
+
+def exact_counts(
+    sites: list[SiteJourneys], config: ModelConfig, spec: FeatureSpec, weights: Weights
+) -> ScoreHistogram:
+    """Scores of the model itself on all held-out visitors, without the noise of a release."""
+    model = build(config, spec)
+    set_weights(model, weights)
+    histograms = [
+        ScoreHistogram.of(logits(model, site.holdout), np.asarray(site.holdout.label))
+        for site in sites
+    ]
+    return sum(histograms, ScoreHistogram.empty())
 
 
 def _last_channel(examples: Examples) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from evaluation.metrics import metrics
-from server.history import EvaluationReport, RoundReport
-from server.outcome import Outcome
+from server.history import EvaluationReport, RoundReport, plus_minus
+
+if TYPE_CHECKING:
+    from server.outcome import Outcome
 
 COLUMNS = {
     "roc_auc": "ROC-AUC",
@@ -66,6 +68,11 @@ class RunProgress:
         else:
             values = metrics(report.histogram)
             self._quality = f"ROC-AUC {values.roc_auc:.3f}  log-loss {values.log_loss:.4f}"
+            for failure in report.failures:
+                self._progress.console.print(
+                    f"evaluation after round {report.round}: {failure.site} {failure.outcome}: "
+                    f"{failure.reason}"
+                )
         self._progress.update(self._task, news=f"{self._epsilon}  {self._quality}")
 
 
@@ -77,6 +84,9 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     for heading in ("held out", *COLUMNS.values(), "epsilon"):
         table.add_column(heading, justify="right")
     table.add_row("all sites", *_cells(summary["global"], summary["epsilon"]), style="bold")
+    noise = [plus_minus(summary["band"][key], summary["global"][key]) for key in COLUMNS]
+    if any(noise):
+        table.add_row("noise (90 %)", "", *noise, style="dim")
     table.add_section()
     for name, site in summary["sites"].items():
         table.add_row(name, *_cells(site["metrics"], site["epsilon"]))
@@ -95,9 +105,10 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     console.print(f"report: {outcome.report}", soft_wrap=True)
 
 
-def _cells(values: dict[str, Any], epsilon: float | None) -> list[str]:
-    numbers = [_number(values[key]) for key in COLUMNS]
-    return [f"{values['examples']:.0f}", *numbers, "–" if epsilon is None else f"{epsilon:.2f}"]  # noqa: RUF001
+def _cells(values: dict[str, Any] | None, epsilon: float | None) -> list[str]:
+    held_out = "–" if values is None else f"{values['examples']:.0f}"  # noqa: RUF001
+    numbers = [_number(None if values is None else values[key]) for key in COLUMNS]
+    return [held_out, *numbers, "–" if epsilon is None else f"{epsilon:.2f}"]  # noqa: RUF001
 
 
 def _number(value: float | None) -> str:

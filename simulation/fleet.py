@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Context
-from flwr.clientapp import ClientApp
 
-from client.app import client_app
-from client.site import Site
 from journeys.examples import Examples
 from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
-from privacy.ledger import Ledger
-
-PARTITION = "partition-id"
-"""Flower's name for the index of a simulated site."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +53,3 @@ class Fleet:
             if probability.exists()
             else None,
         )
-
-
-def fleet_app(fleet: Fleet) -> ClientApp:
-    """A ClientApp for all sites of `fleet`; which one a message is for, its context says."""
-
-    def of(context: Context) -> Site:
-        return open_site(fleet, int(context.node_config[PARTITION]))
-
-    return client_app(of)
-
-
-@cache
-def open_site(fleet: Fleet, index: int) -> Site:
-    """The site, the same object whenever this process asks for it."""
-    ledger = Ledger(fleet.ledgers / f"{index}.jsonl")
-    return Site(fleet.open_journeys(index), fleet.spec, ledger, fleet.seed, index)

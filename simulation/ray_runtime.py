@@ -16,7 +16,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from simulation.fleet import Fleet, fleet_app
+from simulation.fleet import Fleet
+from simulation.fleet_app import shared_sites
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ def run_on_ray(fleet: Fleet, workers: int, coordinate: Callable[[Grid], T]) -> T
     logging.getLogger("flwr").setLevel(logging.ERROR)
     run_simulation(
         server,
-        fleet_app(fleet),
+        shared_sites(fleet),
         num_supernodes=len(fleet.names),
         backend_config={
             "init_args": {"num_cpus": workers, "log_to_driver": False, "logging_level": "ERROR"},

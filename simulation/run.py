@@ -11,7 +11,7 @@ from typing import TypeVar
 from flwr.serverapp import Grid
 
 from conf.compose import to_yaml
-from conf.schema import Config, RuntimeConfig, SettingError
+from conf.schema import Config, RuntimeConfig, SettingError, Unprotected
 from evaluation.histogram import ScoreHistogram
 from journeys.features import feature_spec
 from journeys.site import SiteJourneys
@@ -21,7 +21,7 @@ from server.federation import Federation
 from server.history import EvaluationReport, History
 from server.outcome import Outcome, write_outcome
 from server.rounds import Watch, run_rounds
-from simulation.baseline import last_touch_channel, true_probability
+from simulation.baseline import exact_counts, last_touch_channel, true_probability
 from simulation.faults import Faults
 from simulation.fleet import Fleet
 from simulation.local_grid import LocalGrid
@@ -41,8 +41,8 @@ def simulate(config: Config, folder: Path, watch: Watch, faults: Faults | None =
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     sites = load_sites(config.data, config.seed)
-    baselines = _baselines(sites, config)
     weights, final, history = federate(config, sites, folder, watch, faults)
+    baselines = _baselines(sites, config, weights)
     return write_outcome(config, folder, weights, final, history, baselines)
 
 
@@ -87,10 +87,13 @@ def _with_grid(
         return coordinate(grid)
 
 
-def _baselines(sites: list[SiteJourneys], config: Config) -> dict[str, ScoreHistogram]:
-    baselines = {
-        "last-touch channel": last_touch_channel(sites, feature_spec(config.data.features))
-    }
+def _baselines(
+    sites: list[SiteJourneys], config: Config, weights: Weights
+) -> dict[str, ScoreHistogram]:
+    spec = feature_spec(config.data.features)
+    baselines = {"last-touch channel": last_touch_channel(sites, spec)}
     if truth := true_probability(sites):
         baselines["true probability"] = truth
+    if not isinstance(config.privacy, Unprotected):
+        baselines["this model, exact counts"] = exact_counts(sites, config.model, spec, weights)
     return baselines

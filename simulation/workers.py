@@ -16,7 +16,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from simulation.faults import Faults, misbehave
-from simulation.fleet import PARTITION, Fleet, fleet_app
+from simulation.fleet import Fleet
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,12 @@ class InlineWorker:
     """Runs sites in this process: for a debugger."""
 
     def __init__(self, fleet: Fleet, faults: Faults, deliver: Deliver) -> None:
-        self._app = fleet_app(fleet)
+        # Only where sites run: it loads torch, Opacus and the accountant.
+        from simulation.fleet_app import PARTITION, KeptSites
+
+        self._sites = KeptSites(fleet)
+        self._app = self._sites.app()
+        self._partition = PARTITION
         self._faults = faults
         self._deliver = deliver
 
@@ -41,7 +46,7 @@ class InlineWorker:
         context = Context(
             run_id=message.metadata.run_id,
             node_id=message.metadata.dst_node_id,
-            node_config={PARTITION: index},
+            node_config={self._partition: index},
             state=RecordDict(),
             run_config={},
         )
@@ -54,7 +59,8 @@ class InlineWorker:
             return _error(message, f"{type(error).__name__} at the site")
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Give up the sites' ledgers."""
+        self._sites.close()
 
 
 class ProcessWorker:

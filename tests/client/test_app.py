@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -9,7 +11,8 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import client_app
-from client.site import PlanRefused, Site
+from client.policy import PlanRefused
+from client.site import Site
 from conf.schema import LogisticConfig, OptimizerConfig, Unprotected
 from evaluation.histogram import ScoreHistogram
 from protocol.plan import RoundPlan
@@ -24,7 +27,9 @@ from protocol.replies import (
 )
 from protocol.wire import WireError
 
-PLAN = RoundPlan("run", 2, 5, LogisticConfig(), OptimizerConfig(), Unprotected(), 0.25)
+PLAN = RoundPlan(
+    "shops", "ads", "run", 2, 5, 3, LogisticConfig(), OptimizerConfig(), Unprotected(), 0.25
+)
 WEIGHTS: Weights = {"w": np.arange(3, dtype=np.float32)}
 CONTEXT = Context(1, 7, {}, RecordDict(), {})
 
@@ -45,13 +50,12 @@ class FakeSite:
         self.asked.append(("train", plan, weights))
         if plan.run == "refused":
             raise PlanRefused("privacy.epsilon=9: at most 3")
-        evaluation = SiteEvaluation(self.name, plan.round - 1, ScoreHistogram.empty())
         trained = {name: w + 1 for name, w in weights.items()}
-        return SiteUpdate(self.name, plan.round, trained, 0.5, evaluation)
+        return SiteUpdate(self.name, plan.round, trained, 0.5)
 
     def evaluate(self, plan: RoundPlan, weights: Weights) -> SiteEvaluation:
         self.asked.append(("evaluate", plan, weights))
-        return SiteEvaluation(self.name, plan.round, ScoreHistogram.empty())
+        return SiteEvaluation(self.name, plan.round, ScoreHistogram.empty(), 0.0, None)
 
 
 def message(kind: str, content: RecordDict) -> Message:
@@ -63,7 +67,7 @@ def message(kind: str, content: RecordDict) -> Message:
 
 
 def ask(site: FakeSite, kind: str, plan: RoundPlan = PLAN) -> Reply:
-    app = client_app(lambda _: cast(Site, site))
+    app = client_app(lambda _: nullcontext(cast(Site, site)))
     weights = None if kind == "query" else WEIGHTS
     reply = app(message(kind, plan_records(plan, weights)), CONTEXT)
     assert reply.metadata.reply_to_message_id == "m"
@@ -94,9 +98,9 @@ def test_a_message_reaches_its_method_unchanged(kind: str, method: str, answer: 
 
 
 def test_a_refusal_is_an_answer_without_arrays() -> None:
-    plan = RoundPlan("refused", 2, 5, LogisticConfig(), OptimizerConfig(), Unprotected())
+    plan = replace(PLAN, run="refused")
     site = FakeSite()
-    app = client_app(lambda _: cast(Site, site))
+    app = client_app(lambda _: nullcontext(cast(Site, site)))
 
     reply = app(message("train", plan_records(plan, WEIGHTS)), CONTEXT)
 
@@ -105,7 +109,7 @@ def test_a_refusal_is_an_answer_without_arrays() -> None:
 
 
 def test_a_message_that_is_no_plan_never_reaches_the_site() -> None:
-    def unopened(_: Context) -> Site:
+    def unopened(_: Context) -> AbstractContextManager[Site]:
         raise AssertionError("the site was opened")
 
     content = RecordDict({"text": ConfigRecord({"RoundPlan": "{}"})})

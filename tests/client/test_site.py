@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,27 +12,29 @@ import numpy as np
 import pytest
 import torch
 
-from client.site import PlanRefused, Site
+from client.policy import PlanRefused, SitePolicy
+from client.site import Site
 from conf.schema import (
     FeatureConfig,
     LogisticConfig,
+    MlpConfig,
     NumericColumn,
     OptimizerConfig,
     PrivacyConfig,
     Unprotected,
     VisitorDP,
 )
-from evaluation.histogram import ScoreHistogram
+from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
 from journeys.examples import Examples
 from journeys.features import FeatureSpec, feature_spec
 from journeys.site import SiteJourneys
 from models.registry import build
 from models.score import logits
 from models.weights import get_weights, set_weights
-from privacy.ledger import Ledger, LedgerError
+from privacy.ledger import Entry, Ledger, LedgerDamagedError
 from privacy.mechanisms import GaussianCount
 from protocol.plan import RoundPlan
-from protocol.replies import SiteUpdate, Weights
+from protocol.replies import SiteEvaluation, SiteUpdate, Weights
 
 torch.set_num_threads(1)
 
@@ -43,7 +46,24 @@ SPEC = feature_spec(
 MODEL = LogisticConfig()
 ROUNDS = 4
 PROMISE = VisitorDP(epsilon=2.0, delta=1e-5, count_noise=20.0)
-PLAN = RoundPlan("run", 1, ROUNDS, MODEL, OptimizerConfig(batch_size=32), PROMISE)
+PLAN = RoundPlan(
+    "shops", "conversion-model", "run", 1, ROUNDS, 3, MODEL, OptimizerConfig(batch_size=32), PROMISE
+)
+POLICY = SitePolicy(
+    federations=("shops",),
+    purposes=("conversion-model",),
+    releases=("count", "weights", "histogram"),
+    models=("logistic",),
+    epsilon=3.0,
+    run_epsilon=2.0,
+    delta=1e-5,
+    min_noise_multiplier=0.3,
+    max_sample_rate=0.5,
+    max_clipping_norm=3.0,
+    max_steps=20,
+    max_parameters=1000,
+    min_visitors=50,
+)
 
 
 def examples(n: int, seed: int) -> Examples:
@@ -77,20 +97,35 @@ class Untouchable:
 
 
 def a_site(
-    tmp_path: Path, journeys: SiteJourneys = JOURNEYS, seed: int = 5, index: int = 0
+    tmp_path: Path,
+    journeys: SiteJourneys = JOURNEYS,
+    policy: SitePolicy | None = None,
+    seed: tuple[int, int] | None = (5, 0),
 ) -> Site:
-    return Site(journeys, SPEC, Ledger(tmp_path / "ledger.jsonl"), seed, index)
+    ledger = Ledger(tmp_path / "ledger.sqlite", durable=False)
+    return Site(journeys, SPEC, policy or SitePolicy.of_simulation(), ledger, seed)
+
+
+def entries(tmp_path: Path) -> list[Entry]:
+    """The site's ledger, looked at from outside."""
+    return list(Ledger(tmp_path / "ledger.sqlite", read_only=True).entries())
+
+
+def asked(tmp_path: Path) -> list[tuple[str, int]]:
+    return [(e.request.kind, e.request.round) for e in entries(tmp_path)]
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return a_site(tmp_path)
+def site(tmp_path: Path) -> Iterator[Site]:
+    with closing(a_site(tmp_path)) as opened:
+        yield opened
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    """A second look at the site's ledger."""
-    return Ledger(tmp_path / "ledger.jsonl")
+def real_site(tmp_path: Path) -> Iterator[Site]:
+    """With a policy, and with noise from the operating system."""
+    with closing(a_site(tmp_path, policy=POLICY, seed=None)) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +156,8 @@ def train_all(site: Site, weights: Weights, privacy: PrivacyConfig) -> Iterator[
 def test_describe_releases_a_noised_count(tmp_path: Path) -> None:
     counts = []
     for index in range(200):
-        site = Site(JOURNEYS, SPEC, Ledger(tmp_path / f"{index}.jsonl"), 5, index)
-        counts.append(site.describe(of_round(0)).visitors)
+        with closing(a_site(tmp_path / str(index), seed=(5, index))) as site:
+            counts.append(site.describe(of_round(0)).visitors)
 
     noise = np.array(counts) - 200
     # 5 sigma of the mean and of the deviation of 200 draws
@@ -131,69 +166,87 @@ def test_describe_releases_a_noised_count(tmp_path: Path) -> None:
     assert len(set(counts)) > 30
 
 
-def test_describe_is_charged_once_and_answers_the_same(site: Site, ledger: Ledger) -> None:
-    one, two = site.describe(of_round(0)), site.describe(of_round(0))
+def test_describe_is_charged_once_and_answers_the_same(tmp_path: Path, real_site: Site) -> None:
+    one, two = real_site.describe(of_round(0)), real_site.describe(of_round(0))
 
     assert one == two
-    assert [(r.name, r.round, r.noise_multiplier) for r in ledger.releases()] == [
-        ("count", 0, 20.0)
-    ]
-    assert ledger.releases()[0].event == GaussianCount(20.0).event
+    (entry,) = entries(tmp_path)
+    (release,) = entry.request.releases
+    assert (release.name, release.population) == ("count", "train")
+    assert release.event == GaussianCount(20.0).event
 
 
-def test_an_unprotected_count_is_exact_and_charges_nothing(site: Site, ledger: Ledger) -> None:
+def test_an_unprotected_count_is_exact_and_known_as_such(tmp_path: Path, site: Site) -> None:
     assert site.describe(of_round(0, Unprotected())).visitors == 200.0
-    assert ledger.releases() == []
+    (entry,) = entries(tmp_path)
+    assert entry.request.releases[0].event.noise_multiplier == 0
 
 
 # ------------------------------------------------------------------ train
 
 
+@pytest.mark.parametrize("seed", [(5, 0), None])
 def test_epsilon_grows_to_the_target_and_never_beyond(
-    site: Site, ledger: Ledger, weights: Weights
+    tmp_path: Path, weights: Weights, seed: tuple[int, int] | None
 ) -> None:
-    site.describe(of_round(0))
-    told = [update.epsilon for update in train_all(site, weights, PROMISE)]
+    with closing(a_site(tmp_path, policy=POLICY, seed=seed)) as site:
+        site.describe(of_round(0))
+        told = [update.epsilon for update in train_all(site, weights, PROMISE)]
 
     spent = [epsilon for epsilon in told if epsilon is not None]
     assert len(spent) == ROUNDS
     assert all(a < b for a, b in pairwise(spent))
     assert 0.99 * PROMISE.epsilon <= spent[-1] <= PROMISE.epsilon
-    assert spent[-1] == ledger.epsilon(PROMISE.delta)
+    assert spent[-1] == Ledger(tmp_path / "ledger.sqlite", read_only=True).epsilon(PROMISE.delta)
 
 
-def test_what_is_charged_is_what_is_run(site: Site, ledger: Ledger, weights: Weights) -> None:
+def test_what_is_charged_is_what_is_run(tmp_path: Path, site: Site, weights: Weights) -> None:
     visitors = site.describe(of_round(0)).visitors
     list(train_all(site, weights, PROMISE))
 
-    count, *rounds = ledger.releases()
+    count, *rounds = entries(tmp_path)
 
     batches = max(1, round(visitors / 32))
-    assert (count.name, count.run) == ("count", "run")
-    assert [(r.name, r.run, r.round) for r in rounds] == [
-        ("weights", "run", n) for n in range(1, ROUNDS + 1)
+    assert (count.request.kind, count.request.run) == ("describe", "shops/run")
+    assert [e.request.key for e in rounds] == [
+        ("shops/run", n, "train") for n in range(1, ROUNDS + 1)
     ]
-    assert {(r.sample_rate, r.count) for r in rounds} == {(1 / batches, batches)}
-    assert len({r.noise_multiplier for r in rounds}) == 1
+    releases = [release for e in rounds for release in e.request.releases]
+    assert {(r.name, r.population) for r in releases} == {("weights", "train")}
+    assert {(r.event.sample_rate, r.event.count) for r in releases} == {(1 / batches, batches)}
+    assert len({r.event.noise_multiplier for r in releases}) == 1
+    assert all(e.committed for e in entries(tmp_path))
 
 
-def test_a_round_asked_twice_is_charged_once_and_answers_the_same(
-    tmp_path: Path, site: Site, ledger: Ledger, weights: Weights
+@pytest.mark.parametrize("seed", [(5, 0), None])
+def test_promise_8_a_round_asked_twice_is_charged_once_and_answers_the_same(
+    tmp_path: Path, weights: Weights, seed: tuple[int, int] | None
 ) -> None:
-    one = site.train(of_round(1), weights)
-    again = site.train(of_round(1), weights)
-    restarted = a_site(tmp_path).train(of_round(1), weights)
+    with closing(a_site(tmp_path, policy=POLICY, seed=seed)) as site:
+        one = site.train(of_round(1), weights)
+        again = site.train(of_round(1), weights)
+    with closing(a_site(tmp_path, policy=POLICY, seed=seed)) as site:
+        restarted = site.train(of_round(1), weights)
 
     assert equal(one.weights, again.weights)
     assert equal(one.weights, restarted.weights)
     assert one.epsilon == again.epsilon == restarted.epsilon
-    assert [r.round for r in ledger.releases()] == [0, 1]
+    assert asked(tmp_path) == [("describe", 0), ("train", 1)]
+
+
+def test_noise_of_the_system_is_never_the_same(tmp_path: Path, weights: Weights) -> None:
+    def trained(name: str) -> Weights:
+        with closing(a_site(tmp_path / name, policy=POLICY, seed=None)) as site:
+            return site.train(of_round(1), weights).weights
+
+    assert not equal(trained("a"), trained("b"))
 
 
 def test_seeds_tell_rounds_sites_and_runs_apart(tmp_path: Path, weights: Weights) -> None:
     def trained(seed: int, index: int, round_: int) -> Weights:
-        site = a_site(tmp_path / f"{seed}-{index}-{round_}", seed=seed, index=index)
-        return site.train(of_round(round_), weights).weights
+        folder = tmp_path / f"{seed}-{index}-{round_}"
+        with closing(a_site(folder, seed=(seed, index))) as site:
+            return site.train(of_round(round_), weights).weights
 
     models = [trained(5, 0, 1), trained(5, 0, 2), trained(5, 1, 1), trained(6, 0, 1)]
 
@@ -206,7 +259,6 @@ def test_the_update_answers_for_its_round_and_site(site: Site, weights: Weights)
     update = site.train(of_round(3), weights)
 
     assert (update.site, update.round) == ("shop", 3)
-    assert (update.evaluation.site, update.evaluation.round) == ("shop", 2)
     assert {n: (w.shape, w.dtype) for n, w in update.weights.items()} == {
         n: (w.shape, np.dtype(np.float32)) for n, w in weights.items()
     }
@@ -214,92 +266,244 @@ def test_the_update_answers_for_its_round_and_site(site: Site, weights: Weights)
     assert equal(before, weights)
 
 
-def test_the_model_is_evaluated_as_it_came(site: Site, weights: Weights) -> None:
-    update = site.train(of_round(1), weights)
-
-    model = build(MODEL, SPEC)
-    set_weights(model, weights)
-    expected = ScoreHistogram.of(logits(model, JOURNEYS.holdout), JOURNEYS.holdout.label)
-    assert np.array_equal(update.evaluation.histogram.positive, expected.positive)
-    assert np.array_equal(update.evaluation.histogram.negative, expected.negative)
-    assert update.evaluation.histogram.positive.sum() == JOURNEYS.holdout.label.sum()
-
-
-def test_evaluate_equals_the_evaluation_on_the_way(
-    site: Site, ledger: Ledger, weights: Weights
-) -> None:
-    evaluation = site.evaluate(of_round(3), weights)
-
-    assert ledger.releases() == []
-    on_the_way = site.train(of_round(4), weights).evaluation
-    assert (evaluation.site, evaluation.round) == ("shop", 3)
-    assert np.array_equal(evaluation.histogram.positive, on_the_way.histogram.positive)
-    assert np.array_equal(evaluation.histogram.negative, on_the_way.histogram.negative)
-
-
 def test_unprotected_training_learns_and_has_no_epsilon(
-    site: Site, ledger: Ledger, weights: Weights
+    tmp_path: Path, site: Site, weights: Weights
 ) -> None:
     updates = list(train_all(site, weights, Unprotected()))
 
     assert [update.epsilon for update in updates] == [None] * ROUNDS
+    ledger = Ledger(tmp_path / "ledger.sqlite", read_only=True)
     assert ledger.epsilon(1e-5) == math.inf
-    assert {r.noise_multiplier for r in ledger.releases()} == {0.0}
 
 
 def test_fedprox_pulls_towards_the_rounds_model(tmp_path: Path, weights: Weights) -> None:
     def distance(mu: float) -> float:
-        site = a_site(tmp_path / str(mu))
-        trained = site.train(of_round(1, Unprotected(), proximal_mu=mu), weights).weights
+        with closing(a_site(tmp_path / str(mu))) as site:
+            trained = site.train(of_round(1, Unprotected(), proximal_mu=mu), weights).weights
         return math.sqrt(sum(float(((trained[n] - weights[n]) ** 2).sum()) for n in weights))
 
     assert distance(1.0) < 0.9 * distance(0.0)
 
 
+# ------------------------------------------------------------------ evaluate
+
+
+def exact_histogram(weights: Weights, bins: Bins) -> ScoreHistogram:
+    model = build(MODEL, SPEC)
+    set_weights(model, weights)
+    return ScoreHistogram.of(logits(model, JOURNEYS.holdout), JOURNEYS.holdout.label, bins)
+
+
+def test_an_unprotected_evaluation_is_exact(site: Site, weights: Weights) -> None:
+    evaluation = site.evaluate(of_round(3, Unprotected()), weights)
+
+    expected = exact_histogram(weights, EXACT)
+    assert np.array_equal(evaluation.histogram.positive, expected.positive)
+    assert np.array_equal(evaluation.histogram.negative, expected.negative)
+    assert (evaluation.site, evaluation.round, evaluation.noise) == ("shop", 3, 0.0)
+
+
+def test_an_evaluation_carries_the_noise_that_it_says(tmp_path: Path, weights: Weights) -> None:
+    expected = exact_histogram(weights, NOISED)
+    differences = []
+    for index in range(40):
+        with closing(a_site(tmp_path / str(index), seed=(5, index))) as site:
+            evaluation = site.evaluate(of_round(1), weights)
+        differences += [
+            evaluation.histogram.positive - expected.positive,
+            evaluation.histogram.negative - expected.negative,
+        ]
+
+    noise = np.concatenate(differences)
+    assert len(noise) == 40 * 2 * NOISED.count
+    # Rounding to whole visitors adds 1/12; 5 sigma of the deviation of so many draws
+    deviation = math.sqrt(evaluation.noise**2 + 1 / 12)
+    assert abs(noise.std() - deviation) < 5 * deviation / math.sqrt(2 * len(noise))
+    assert abs(noise.mean()) < 5 * deviation / math.sqrt(len(noise))
+
+
+def test_all_evaluations_together_spend_what_training_may(
+    tmp_path: Path, real_site: Site, weights: Weights
+) -> None:
+    told = [real_site.evaluate(of_round(n), weights).epsilon for n in (1, 2, 3)]
+
+    assert [e for e in told if e is not None] == sorted(e for e in told if e is not None)
+    assert 0.99 * PROMISE.epsilon <= (told[-1] or 0) <= PROMISE.epsilon
+    histograms = [e.request.releases[0] for e in entries(tmp_path)[1:]]
+    assert {(h.name, h.population) for h in histograms} == {("histogram", "holdout")}
+
+
+def test_one_evaluation_more_than_planned_is_refused(real_site: Site, weights: Weights) -> None:
+    for round_ in (1, 2, 3):
+        real_site.evaluate(of_round(round_), weights)
+
+    with pytest.raises(PlanRefused, match="epsilon of the run"):
+        real_site.evaluate(of_round(4), weights)
+
+
+def test_training_and_evaluation_are_of_different_visitors(
+    tmp_path: Path, real_site: Site, weights: Weights
+) -> None:
+    list(train_all(real_site, weights, PROMISE))
+    evaluations: list[SiteEvaluation] = [real_site.evaluate(of_round(n), weights) for n in (1, 2)]
+
+    assert all(e.epsilon is not None and e.epsilon <= PROMISE.epsilon for e in evaluations)
+
+
 # ------------------------------------------------------------------ refusals
 
 
-TOO_LITTLE = [0.2, 0.01, 1e-6]
+def untouched(tmp_path: Path, policy: SitePolicy | None = None) -> Site:
+    return a_site(tmp_path, cast(SiteJourneys, Untouchable()), policy)
 
 
 @pytest.mark.parametrize("round_", [0, -1, ROUNDS + 1])
 def test_a_round_outside_the_run_is_refused_unread(
-    tmp_path: Path, ledger: Ledger, weights: Weights, round_: int
+    tmp_path: Path, weights: Weights, round_: int
 ) -> None:
-    site = a_site(tmp_path, cast(SiteJourneys, Untouchable()))
+    with closing(untouched(tmp_path)) as site:
+        with pytest.raises(PlanRefused, match=f"round={round_}: must be 1 to rounds=4"):
+            site.train(of_round(round_), weights)
 
-    with pytest.raises(PlanRefused, match=f"round={round_}: must be 1 to rounds=4"):
-        site.train(of_round(round_), weights)
-
-    assert ledger.releases() == []
+    assert entries(tmp_path) == []
 
 
-@pytest.mark.parametrize("noise", TOO_LITTLE)
+@pytest.mark.parametrize("noise", [0.2, 0.01, 1e-6])
 @pytest.mark.parametrize("ask", ["describe", "train"])
 def test_a_count_that_costs_more_than_the_promise_is_refused_uncharged(
-    tmp_path: Path, ledger: Ledger, weights: Weights, ask: str, noise: float
+    tmp_path: Path, weights: Weights, ask: str, noise: float
 ) -> None:
-    site = a_site(tmp_path, cast(SiteJourneys, Untouchable()))
     plan = of_round(1, replace(PROMISE, count_noise=noise))
 
-    with pytest.raises(PlanRefused, match=r"privacy\.count_noise=.* more than privacy\.epsilon=2"):
+    message = r"privacy\.count_noise=.* more than privacy\.epsilon=2"
+    with closing(untouched(tmp_path)) as site, pytest.raises(PlanRefused, match=message):
         site.describe(plan) if ask == "describe" else site.train(plan, weights)
 
-    assert ledger.releases() == []
+    assert entries(tmp_path) == []
 
 
-def test_an_unknown_protection_is_refused_unread(tmp_path: Path, weights: Weights) -> None:
-    site = a_site(tmp_path, cast(SiteJourneys, Untouchable()))
-    plan = of_round(1, PrivacyConfig("homomorphic"))
+WEAKER: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "federation": ({"federation": "others"}, {}, "federation=others"),
+    "purpose": ({"purpose": "credit"}, {}, "purpose=credit"),
+    "model": ({"model": MlpConfig()}, {}, r"model\.name=mlp"),
+    "unprotected": ({"privacy": Unprotected()}, {}, r"privacy\.name=unprotected"),
+    "unknown": ({"privacy": PrivacyConfig("magic")}, {}, r"privacy\.name=magic: unknown"),
+    "epsilon": ({"privacy": replace(PROMISE, epsilon=2.1)}, {}, r"privacy\.epsilon=2\.1"),
+    "delta": ({"privacy": replace(PROMISE, delta=1e-4)}, {}, r"privacy\.delta=0\.0001"),
+    "clipping": (
+        {"privacy": replace(PROMISE, clipping_norm=3.1)},
+        {},
+        r"privacy\.clipping_norm=3\.1",
+    ),
+    "count": ({}, {"releases": ("weights",)}, "release=count"),
+    "noise": ({}, {"min_noise_multiplier": 30.0}, "noise multiplier of count=20"),
+}
 
-    with pytest.raises(PlanRefused, match=r"privacy\.name=homomorphic: unknown protection"):
-        site.train(plan, weights)
-    with pytest.raises(PlanRefused, match=r"privacy\.name=homomorphic: unknown protection"):
-        site.describe(plan)
+
+@pytest.mark.parametrize("kind", WEAKER)
+@pytest.mark.parametrize("ask", ["describe", "train", "evaluate"])
+def test_promise_12_a_weaker_plan_is_refused_unread(
+    tmp_path: Path, weights: Weights, ask: str, kind: str
+) -> None:
+    plan_change, policy_change, message = WEAKER[kind]
+    plan = replace(PLAN, **plan_change)
+
+    with (
+        closing(untouched(tmp_path, replace(POLICY, **policy_change))) as site,
+        pytest.raises(PlanRefused, match=message),
+    ):
+        site.describe(plan) if ask == "describe" else getattr(site, ask)(plan, weights)
+
+    assert entries(tmp_path) == []
+
+
+TRAINING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "weights": ({}, {"releases": ("count",)}, "release=weights"),
+    "noise": ({}, {"min_noise_multiplier": 5.0}, "noise multiplier of weights"),
+    "sample rate": ({"optimizer": OptimizerConfig(batch_size=150)}, {}, "sample rate=1"),
+    "steps": ({"optimizer": OptimizerConfig(batch_size=32, local_epochs=9.0)}, {}, "steps="),
+    "parameters": ({}, {"max_parameters": 3}, "model parameters="),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_promise_12_weaker_training_is_refused_and_not_charged(
+    tmp_path: Path, weights: Weights, kind: str
+) -> None:
+    plan_change, policy_change, message = TRAINING[kind]
+    policy = replace(POLICY, **policy_change)
+
+    with (
+        closing(a_site(tmp_path, policy=policy, seed=None)) as site,
+        pytest.raises(PlanRefused, match=message),
+    ):
+        site.train(replace(PLAN, **plan_change), weights)
+
+    assert asked(tmp_path) == [("describe", 0)]
+
+
+def test_too_few_visitors_are_refused_by_their_noised_count(tmp_path: Path) -> None:
+    policy = replace(POLICY, min_visitors=1000)
+
+    with (
+        closing(a_site(tmp_path, policy=policy, seed=None)) as site,
+        pytest.raises(PlanRefused, match=r"visitors=\d+: too few"),
+    ):
+        site.describe(of_round(0))
+
+
+def test_promise_11_with_the_budget_gone_no_journey_is_read(
+    tmp_path: Path, weights: Weights
+) -> None:
+    with closing(a_site(tmp_path, policy=POLICY, seed=None)) as site:
+        list(train_all(site, weights, PROMISE))
+    other = replace(PLAN, run="another", privacy=replace(PROMISE, epsilon=1.9))
+
+    with closing(untouched(tmp_path, replace(POLICY, epsilon=2.0))) as site:
+        for ask in ("describe", "train"):
+            with pytest.raises(PlanRefused, match=r"epsilon in all=2.* at most 2 \(policy: eps"):
+                site.describe(other) if ask == "describe" else site.train(other, weights)
+
+    assert len(entries(tmp_path)) == 1 + ROUNDS
+
+
+def test_promise_14_a_plan_that_changes_within_a_run_is_refused(
+    tmp_path: Path, real_site: Site, weights: Weights
+) -> None:
+    """Noise is calibrated to all rounds: a coordinator that adds some would overspend."""
+    real_site.train(of_round(1), weights)
+
+    for change in ({"rounds": 9}, {"evaluations": 1}, {"privacy": replace(PROMISE, epsilon=1.9)}):
+        with pytest.raises(PlanRefused, match="asked before in this run, with another plan"):
+            real_site.train(replace(PLAN, round=2, **change), weights)  # type: ignore[arg-type]
+
+    assert asked(tmp_path) == [("describe", 0), ("train", 1)]
+
+
+def test_a_round_asked_again_with_another_model_is_refused(
+    tmp_path: Path, real_site: Site, weights: Weights
+) -> None:
+    real_site.train(of_round(1), weights)
+    other = {name: w + 1 for name, w in weights.items()}
+
+    with pytest.raises(PlanRefused, match="a second release"):
+        real_site.train(of_round(1), other)
+
+    assert asked(tmp_path) == [("describe", 0), ("train", 1)]
+
+
+def test_a_round_that_is_over_is_not_answered_again(
+    tmp_path: Path, real_site: Site, weights: Weights
+) -> None:
+    real_site.train(of_round(1), weights)
+    real_site.train(of_round(2), weights)
+
+    with pytest.raises(PlanRefused, match="round=1: train is answered already, and is over"):
+        real_site.train(of_round(1), weights)
 
 
 def test_training_is_charged_before_it_begins(
-    site: Site, ledger: Ledger, weights: Weights, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, site: Site, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -309,20 +513,35 @@ def test_training_is_charged_before_it_begins(
     with pytest.raises(KeyboardInterrupt):
         site.train(of_round(1), weights)
 
-    assert [(r.name, r.round) for r in ledger.releases()] == [("count", 0), ("weights", 1)]
+    assert [(e.request.kind, e.committed) for e in entries(tmp_path)] == [
+        ("describe", True),
+        ("train", False),
+    ]
 
 
-@pytest.mark.parametrize("damage", [b"garbage\n", b'{"run": "run", "rou'])
-def test_on_a_damaged_ledger_nothing_is_read(
-    tmp_path: Path, weights: Weights, damage: bytes
+def test_what_was_reserved_and_never_answered_is_answered_at_no_further_cost(
+    tmp_path: Path, real_site: Site, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a_site(tmp_path).describe(of_round(0))
-    site = a_site(tmp_path, cast(SiteJourneys, Untouchable()))
-    with (tmp_path / "ledger.jsonl").open("ab") as file:
-        file.write(damage)
+    with monkeypatch.context() as patched:
+        patched.setattr("privacy.training.Trainer.train", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            real_site.train(of_round(1), weights)
 
-    with pytest.raises(LedgerError, match="line 2"):
-        site.train(of_round(1), weights)
+    update = real_site.train(of_round(1), weights)
+
+    assert asked(tmp_path) == [("describe", 0), ("train", 1)]
+    assert all(entry.committed for entry in entries(tmp_path))
+    assert update.epsilon == Ledger(tmp_path / "ledger.sqlite", read_only=True).epsilon(1e-5)
+
+
+def test_promise_10_on_a_damaged_ledger_there_is_no_site(tmp_path: Path, site: Site) -> None:
+    site.describe(of_round(0))
+    site.close()
+    with (tmp_path / "ledger.sqlite").open("r+b") as file:
+        file.truncate(100)
+
+    with pytest.raises(LedgerDamagedError):
+        untouched(tmp_path)
 
 
 def test_weights_that_do_not_fit_are_an_error(site: Site, weights: Weights) -> None:

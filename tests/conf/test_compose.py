@@ -121,8 +121,11 @@ def test_a_further_numeric_column_by_override() -> None:
         (["rounds=null"], "rounds: "),
         # out of range
         (["rounds=0"], "rounds=0: must be above 0"),
+        (["evaluations=0"], "evaluations=0: must be above 0"),
+        (["federation=''"], "federation=: must not be empty"),
+        (["purpose=''"], "purpose=: must not be empty"),
         (["seed=-1"], "seed=-1: "),
-        (["job=tea"], "job=tea: must be train or worth_joining"),
+        (["job=tea"], "job=tea: must be train, "),
         (["privacy.epsilon=0"], "privacy.epsilon=0.0: must be above 0"),
         (["privacy.epsilon=nan"], "privacy.epsilon=nan: must be a finite number"),
         (["privacy.epsilon=inf"], "privacy.epsilon=inf: must be a finite number"),

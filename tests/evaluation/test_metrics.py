@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.metrics import roc_curve as exact_roc
 
-from evaluation.histogram import BINS, ScoreHistogram
+from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
 from evaluation.metrics import calibration_curve, metrics, roc_curve
 
 HALF_A_BIN = 0.025
@@ -130,7 +130,7 @@ def test_one_class_alone_leaves_nothing_to_judge_by(label: float) -> None:
 
 
 def test_noise_that_leaves_less_than_one_example_leaves_nothing_to_judge_by() -> None:
-    five, hardly_any = np.zeros(BINS), np.zeros(BINS)
+    five, hardly_any = np.zeros(EXACT.count), np.zeros(EXACT.count)
     five[200], hardly_any[100] = 5.0, 1e-17
     for histogram in (ScoreHistogram(five, hardly_any), ScoreHistogram(hardly_any, five)):
         found = metrics(histogram)
@@ -170,19 +170,30 @@ def test_calibration_groups_hold_all_examples_in_order_of_score(
     assert np.abs(size - examples / 10).max() <= largest_bin + 1
 
 
+@pytest.mark.parametrize("bins", [EXACT, NOISED], ids=["exact", "noised"])
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), examples=st.integers(0, 300), noise=st.floats(0, 20))
 def test_counts_with_privacy_noise_give_finite_metrics_or_nan(
-    seed: int, examples: int, noise: float
+    bins: Bins, seed: int, examples: int, noise: float
 ) -> None:
     random = np.random.default_rng(seed)
     logits = random.normal(-2, 1, examples).astype(np.float32)
-    exact = ScoreHistogram.of(logits, (random.random(examples) < 0.1).astype(np.float32))
+    exact = ScoreHistogram.of(logits, (random.random(examples) < 0.1).astype(np.float32), bins)
     noised = ScoreHistogram(
-        exact.negative + random.normal(0, noise, BINS),
-        exact.positive + random.normal(0, noise, BINS),
-    )
+        exact.negative + random.normal(0, noise, bins.count),
+        exact.positive + random.normal(0, noise, bins.count),
+    ).without_noise_below_zero()
     found = metrics(noised)
     assert not any(math.isinf(value) for value in astuple(found))
     assert np.isfinite(calibration_curve(noised)).all()
     assert np.isfinite(roc_curve(noised)).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_bins_without_noise_hide_little(seed: int) -> None:
+    logits, labels = _draw(seed, examples=5000, centre=-2.5, spread=1.0, gain=1.0)
+    few = metrics(ScoreHistogram.of(logits, labels, NOISED))
+    many = metrics(ScoreHistogram.of(logits, labels))
+    assert few.roc_auc == pytest.approx(many.roc_auc, abs=0.01)
+    assert few.pr_auc == pytest.approx(many.pr_auc, abs=0.02)
+    assert few.log_loss == pytest.approx(many.log_loss, abs=0.005)

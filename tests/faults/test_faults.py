@@ -13,7 +13,8 @@ import pytest
 import safetensors.numpy
 import torch
 
-from client.site import PlanRefused, Site
+from client.policy import PlanRefused
+from client.site import Site
 from conf.compose import load
 from conf.schema import Config
 from protocol.plan import RoundPlan

@@ -71,12 +71,14 @@ def frame(table: list[Row]) -> pl.DataFrame:
 
 @st.composite
 def tables_and_decisions(
-    draw: st.DrawFn,
+    draw: st.DrawFn, contributions: int = 1
 ) -> tuple[list[Row], list[tuple[int, int, bool]], DataConfig]:
     config = draw(st.sampled_from(CONFIGS))
+    if config is CONFIGS[0]:
+        config = replace(CONFIGS[0], contributions=contributions)
     table = draw(st.lists(rows, max_size=30))
     decisions = []
-    for visitor in draw(st.permutations(range(3))):
+    for visitor in draw(st.permutations([*range(3)] * config.contributions)):
         decided, label = draw(times), draw(st.booleans())
         if any(row[0] == visitor and in_window(row[1], decided, config) for row in table):
             decisions.append((visitor, decided, label))
@@ -120,7 +122,9 @@ def encode_slowly(
         categorical.append(codes + [[0] * 4] * padding)
         numeric.append(numbers + [[0.0] * width] * padding)
     width = 4 if config.features.gaps else 2
+    whose = np.array([visitor for visitor, *_ in decisions], dtype=np.int64)
     return Examples(
+        visitor=whose if config.contributions > 1 else None,
         categorical=np.array(categorical, dtype=np.uint16).reshape(-1, 3, 4),
         numeric=np.array(numeric, dtype=np.float32).reshape(-1, 3, width),
         length=np.array(lengths, dtype=np.int32),
@@ -134,9 +138,15 @@ def assert_same(one: Examples, other: Examples) -> None:
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=0)
+    assert (one.visitor is None) == (other.visitor is None)
+    if one.visitor is not None and other.visitor is not None:
+        # By any numbers, as long as they tell the same visitors apart.
+        assert one.visitor.dtype == np.int64
+        same = one.visitor[:, None] == one.visitor
+        np.testing.assert_array_equal(same, other.visitor[:, None] == other.visitor)
 
 
-@given(tables_and_decisions())
+@given(st.integers(1, 3).flatmap(tables_and_decisions))
 @settings(deadline=None, max_examples=400)
 def test_as_the_slow_encoder_does(
     drawn: tuple[list[Row], list[tuple[int, int, bool]], DataConfig],
@@ -167,7 +177,7 @@ def test_nothing_after_the_decision_has_an_influence(
     assert_same(encode_rows(table, decisions, config), encode_rows(changed, decisions, config))
 
 
-@given(tables_and_decisions(), st.data())
+@given(st.integers(1, 3).flatmap(tables_and_decisions), st.data())
 @settings(deadline=None)
 def test_an_example_depends_on_its_visitor_alone(
     drawn: tuple[list[Row], list[tuple[int, int, bool]], DataConfig], data: st.DataObject
@@ -190,12 +200,19 @@ def test_a_decision_without_a_journey_is_an_error() -> None:
     for decision, problem in (
         ((1, START - 1, False), "no touchpoint in its look-back"),
         ((1, START + LOOKBACK, False), "no touchpoint in its look-back"),
-        ((2, START, False), "a visitor without touchpoints"),
+        ((2, START, False), "no touchpoint in its look-back"),
     ):
         with pytest.raises(ValueError, match=problem):
             encode_rows(table, [decision], CONFIGS[0])
-    with pytest.raises(ValueError, match="two decisions"):
-        encode_rows(table, [(1, START, False)] * 2, CONFIGS[0])
+
+
+def test_more_decisions_of_a_visitor_than_the_settings_allow_are_an_error() -> None:
+    table: list[Row] = [(1, START, False, 1, 2, 2, 1, 0.0, 0.0)]
+    for most in (1, 2):
+        config = replace(CONFIGS[0], contributions=most)
+        assert len(encode_rows(table, [(1, START, False)] * most, config)) == most
+        with pytest.raises(ValueError, match=f"more decisions than data.contributions={most}"):
+            encode_rows(table, [(1, START, False)] * (most + 1), config)
 
 
 def test_no_decisions_make_no_examples() -> None:

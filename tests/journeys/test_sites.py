@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pytest
 
 from conf.compose import load
-from conf.schema import FeatureConfig, SyntheticData, TableData
+from conf.schema import FeatureConfig, NumericColumn, SyntheticData, TableData
 from journeys.errors import JourneyDataError
 from journeys.features import OTHER, feature_spec
 from journeys.site import SiteJourneys
@@ -66,6 +67,63 @@ def test_sites_dealt_out(tmp_path: Path) -> None:
     again, other = load_sites(config, seed=0), load_sites(config, seed=1)
     assert list(map(rows_of, again)) == list(map(rows_of, sites))
     assert list(map(rows_of, other)) != list(map(rows_of, sites))
+
+
+@pytest.mark.parametrize("border", [None, "2026-03-14T00:00:00Z"], ids=["by hash", "by time"])
+def test_several_examples_a_visitor(tmp_path: Path, border: str | None) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "visitor_id": f"v{visitor}",
+            "time": f"2026-03-{1 + day:02}T10:00:00Z",
+            "channel": "direct",
+            "converted": False,
+            # Tells every touchpoint from every other.
+            "mark": (visitor * 30 + day) / 30_000,
+        }
+        for visitor in range(1_000)
+        for day in sorted(rng.choice(30, rng.integers(1, 7), replace=False).tolist())
+    ]
+    pl.DataFrame(rows).write_csv(tmp_path / "t.csv")
+    features = FeatureConfig(channels=["direct"], numeric={"mark": NumericColumn()})
+    one = TableData(
+        path=str(tmp_path / "t.csv"), features=features, dirichlet_sites=3, holdout_from=border
+    )
+    seen: list[set[int]] = []
+    for single, several in zip(
+        load_sites(one, seed=0), load_sites(replace(one, contributions=3), seed=0), strict=True
+    ):
+        assert single.train.visitor is None
+        assert single.holdout.visitor is None
+        for name in ("categorical", "numeric", "length", "label"):
+            array = getattr(several.holdout, name)
+            np.testing.assert_array_equal(getattr(single.holdout, name), array)
+        assert several.holdout.visitors == len(several.holdout)
+        assert several.train.visitors == single.train.visitors == len(single.train)
+
+        train, held = (
+            decided_marks(part.numeric, part.length) for part in (several.train, several.holdout)
+        )
+        assert len(set(train)) == len(train)
+        assert set(decided_marks(single.train.numeric, single.train.length)) <= set(train)
+        assert several.train.visitor is not None
+        own = pl.DataFrame(
+            {"number": several.train.visitor, "visitor": [mark // 30 for mark in train]}
+        )
+        # A number a visitor, a visitor a number.
+        assert len(own.unique()) == own["number"].n_unique() == own["visitor"].n_unique()
+        assert own["number"].value_counts()["count"].max() == 3
+        trained = set(own["visitor"])
+        kept_apart = {mark // 30 for mark in held}
+        assert not trained & kept_apart
+        seen.append(trained | kept_apart)
+    assert len(set().union(*seen)) == sum(map(len, seen))
+
+
+def decided_marks(numeric: npt.NDArray[np.float32], length: npt.NDArray[np.int32]) -> list[int]:
+    """visitor * 30 + day of the touchpoint at which each example is decided."""
+    newest = numeric[np.arange(len(length)), length - 1, 0]
+    return [int(mark) for mark in np.rint(newest * 30_000)]
 
 
 def test_a_site_with_too_few_visitors_is_named(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from privacy.gradients import Kept
 from privacy.optimizer import VisitorDPOptimizer
+from privacy.randomness import NORMAL_GRID, SeededRandomness
 
 torch.set_num_threads(1)
 
@@ -17,27 +20,31 @@ float32 = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
 def optimizer_over(
-    *gradients: Tensor, noise_multiplier: float = 0.0, clipping_norm: float = 1.0, batch: float = 1
+    *shapes: tuple[int, ...],
+    noise_multiplier: float = 0.0,
+    clipping_norm: float = 1.0,
+    batch: float = 1,
 ) -> VisitorDPOptimizer:
-    """An optimizer of step size 1 from 0 over one parameter a gradient of (B, ...)."""
-    parameters = []
-    for gradient in gradients:
-        p = nn.Parameter(torch.zeros(gradient.shape[1:]))
-        p.grad_sample = gradient.clone()  # type: ignore[attr-defined]
-        parameters.append(p)
+    """An optimizer of step size 1 from 0 over one parameter a shape."""
     return VisitorDPOptimizer(
-        torch.optim.SGD(parameters, lr=1.0),
+        torch.optim.SGD([nn.Parameter(torch.zeros(shape)) for shape in shapes], lr=1.0),
         noise_multiplier=noise_multiplier,
         clipping_norm=clipping_norm,
         expected_batch_size=batch,
-        rng=np.random.default_rng(0),
+        randomness=SeededRandomness(np.random.SeedSequence(0)),
     )
+
+
+def accumulate(optimizer: VisitorDPOptimizer, *gradients: Tensor) -> None:
+    """Clip and add gradients of (B, ...), one a parameter."""
+    pairs = zip(optimizer.params, gradients, strict=True)
+    optimizer.clip_and_accumulate([Kept([(p, gradient.clone())]) for p, gradient in pairs])
 
 
 def clipped_sum(*gradients: Tensor, clipping_norm: float = 1.0) -> Tensor:
     """(P,) what the gradients of (B, ...) add up to, all parameters in one vector."""
-    optimizer = optimizer_over(*gradients, clipping_norm=clipping_norm)
-    optimizer.clip_and_accumulate(len(gradients[0]))
+    optimizer = optimizer_over(*(g.shape[1:] for g in gradients), clipping_norm=clipping_norm)
+    accumulate(optimizer, *gradients)
     optimizer.step()
     return -torch.cat([p.detach().flatten() for p in optimizer.params])
 
@@ -94,9 +101,9 @@ def test_a_broken_gradient_adds_nothing_and_spares_the_others(bad: float) -> Non
 def noise_deviation(noise_multiplier: float) -> float:
     """Over 10^6 coordinates, of what a step adds at clipping norm 3 and expected batch 50."""
     optimizer = optimizer_over(
-        torch.zeros(1, 1000, 1000), noise_multiplier=noise_multiplier, clipping_norm=3.0, batch=50
+        (1000, 1000), noise_multiplier=noise_multiplier, clipping_norm=3.0, batch=50
     )
-    optimizer.clip_and_accumulate(1)
+    accumulate(optimizer, torch.zeros(1, 1000, 1000))
     optimizer.step()
     return float(optimizer.params[0].detach().double().std())
 
@@ -111,7 +118,7 @@ def test_noise_has_the_deviation_that_is_accounted(noise_multiplier: float) -> N
 
 
 def test_noise_is_normal_and_fresh_at_every_step() -> None:
-    optimizer = optimizer_over(torch.zeros(1, 200_000), noise_multiplier=1.0)
+    optimizer = optimizer_over((200_000,), noise_multiplier=1.0)
     steps = []
     for _ in range(2):
         before = optimizer.params[0].detach().clone()
@@ -125,7 +132,7 @@ def test_noise_is_normal_and_fresh_at_every_step() -> None:
 
 
 def test_an_empty_batch_adds_noise() -> None:
-    optimizer = optimizer_over(torch.zeros(1, 1000), noise_multiplier=1.0, batch=10)
+    optimizer = optimizer_over((1000,), noise_multiplier=1.0, batch=10)
     optimizer.step()
     assert optimizer.params[0].detach().std().item() == pytest.approx(0.1, rel=0.12)
 
@@ -133,35 +140,63 @@ def test_an_empty_batch_adds_noise() -> None:
 def test_parts_of_a_batch_add_up_and_are_forgotten_after_the_step() -> None:
     gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     whole = clipped_sum(gradient)
-    optimizer = optimizer_over(gradient[:2])
-    (p,) = optimizer.params
-    optimizer.clip_and_accumulate(2)
-    p.grad_sample = gradient[2:].clone()
-    optimizer.clip_and_accumulate(4)
+    optimizer = optimizer_over((4,))
+    accumulate(optimizer, gradient[:2])
+    accumulate(optimizer, gradient[2:])
     optimizer.step()
+    (p,) = optimizer.params
     torch.testing.assert_close(-p.detach(), whole)
     optimizer.step()
     torch.testing.assert_close(-p.detach(), whole)
 
 
 def test_the_raw_gradient_never_reaches_the_step() -> None:
-    optimizer = optimizer_over(torch.zeros(1, 3))
+    optimizer = optimizer_over((3,))
     (p,) = optimizer.params
     p.grad = torch.full((3,), 1e6)
-    optimizer.clip_and_accumulate(1)
+    accumulate(optimizer, torch.zeros(1, 3))
     optimizer.step()
     assert (p == 0).all()
 
 
-@pytest.mark.parametrize("gradient", [None, torch.zeros(60, 2)])
-def test_gradients_that_are_not_per_visitor_are_refused(gradient: Tensor | None) -> None:
-    optimizer = optimizer_over(torch.zeros(3, 2))
-    optimizer.params[0].grad_sample = gradient
-    with pytest.raises(RuntimeError, match="no gradient for each of 3 visitors"):
-        optimizer.clip_and_accumulate(3)
+def test_a_parameter_without_gradient_or_with_two_is_refused() -> None:
+    optimizer = optimizer_over((3,), (2,))
+    first, second = (Kept([(p, torch.zeros(4, *p.shape))]) for p in optimizer.params)
+    for gradients in ([first], [first, first], [first, second, second]):
+        with pytest.raises(RuntimeError, match="exactly one gradient"):
+            optimizer.clip_and_accumulate(gradients)
+    optimizer.clip_and_accumulate([second, first])
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.5, 3.0])
+def test_the_sum_is_on_the_noise_s_grid_and_the_clipping_makes_room_for_it(
+    noise_multiplier: float,
+) -> None:
+    size, grid = 50_000, noise_multiplier * NORMAL_GRID
+    optimizer = optimizer_over((size,), noise_multiplier=noise_multiplier)
+    optimizer._randomness = Silent()
+    accumulate(optimizer, torch.randn(1, size, generator=torch.Generator().manual_seed(0)))
+    optimizer.step()
+    added = -optimizer.params[0].detach().double()
+    assert (added / grid - (added / grid).round()).abs().max() < 1e-2
+    # A second visitor may move each of the roundings by a whole unit of the grid.
+    assert norm(added) + grid * math.sqrt(size) <= 1 + grid * math.sqrt(size) / 2 + 1e-6
+    assert norm(added) > 0.99
+
+
+class Silent:
+    repeatable = True
+
+    def normal(self, n: int) -> npt.NDArray[np.float32]:
+        return np.zeros(n, dtype=np.float32)
+
+
+def test_noise_too_large_for_its_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match="noise_multiplier"):
+        optimizer_over((1000, 1000), noise_multiplier=1000.0)
 
 
 @pytest.mark.parametrize("clipping_norm", [0.0, -1.0, 1e-30, math.nan])
 def test_impossible_clipping_norm_is_refused(clipping_norm: float) -> None:
     with pytest.raises(ValueError, match="clipping_norm"):
-        optimizer_over(torch.zeros(1, 2), clipping_norm=clipping_norm)
+        optimizer_over((2,), clipping_norm=clipping_norm)

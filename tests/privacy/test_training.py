@@ -14,17 +14,25 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from conf.schema import OptimizerConfig
+from conf.schema import GROUPS, OptimizerConfig
 from journeys.examples import Examples, concatenate
+from journeys.features import FeatureSpec
 from models.batch import JourneyBatch, to_batch
+from models.registry import build
 from models.weights import set_weights
 from privacy.accountant import PrivacyEvent, epsilon
-from privacy.training import LocalTraining, Trainer, Weights, _streams
+from privacy.randomness import SeededRandomness
+from privacy.training import LocalTraining, Trainer, Weights
 
 torch.set_num_threads(1)
 
 TOUCHPOINTS, VALUES, NUMERIC = 5, 7, 3
-SEED = np.random.SeedSequence(7)
+
+
+def seed(number: int = 7) -> SeededRandomness:
+    return SeededRandomness(np.random.SeedSequence(number))
+
+
 ALMOST_NO_NOISE = 1e-12
 
 
@@ -93,6 +101,10 @@ TRAINING = LocalTraining(
 )
 
 
+each_engine = pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
+
+
+@each_engine
 @pytest.mark.parametrize(
     ("optimizer", "proximal_mu"),
     [
@@ -103,13 +115,19 @@ TRAINING = LocalTraining(
     ],
 )
 def test_without_clipping_and_noise_it_is_plain_training(
-    optimizer: OptimizerConfig, proximal_mu: float
+    engine: str, optimizer: OptimizerConfig, proximal_mu: float
 ) -> None:
-    plain = replace(TRAINING, noise_multiplier=0, optimizer=optimizer, proximal_mu=proximal_mu)
+    plain = replace(
+        TRAINING,
+        noise_multiplier=0,
+        optimizer=optimizer,
+        proximal_mu=proximal_mu,
+        clipping_engine=engine,
+    )
     private = replace(plain, noise_multiplier=ALMOST_NO_NOISE, clipping_norm=1e3)
     weights = new_weights()
-    expected = Trainer(Net()).train(weights, EXAMPLES, plain, SEED)
-    trained = Trainer(Net()).train(weights, EXAMPLES, private, SEED)
+    expected = Trainer(Net()).train(weights, EXAMPLES, plain, seed())
+    trained = Trainer(Net()).train(weights, EXAMPLES, private, seed())
     assert distance(expected, weights) > 0.01
     for name in weights:
         np.testing.assert_allclose(trained[name], expected[name], rtol=1e-4, atol=1e-6)
@@ -142,7 +160,7 @@ def test_plain_training_is_the_textbook_loop(
         loss = binary_cross_entropy_with_logits(net(batch), batch.label, reduction="sum")
         torch.autograd.backward(loss / 40)
         optimizer.step()
-    trained = Trainer(Net()).train(weights, EXAMPLES, training, SEED)
+    trained = Trainer(Net()).train(weights, EXAMPLES, training, seed())
     for name, p in net.named_parameters():
         np.testing.assert_allclose(trained[name], p.detach().numpy(), rtol=1e-5, atol=1e-6)
 
@@ -151,7 +169,7 @@ def test_an_empty_batch_is_a_step_without_protection_too() -> None:
     decay = OptimizerConfig(momentum=0.0, learning_rate=0.5, weight_decay=0.2)
     training = replace(TRAINING, steps=3, noise_multiplier=0.0, optimizer=decay)
     weights = new_weights()
-    trained = Trainer(Net()).train(weights, some_examples(0), training, SEED)
+    trained = Trainer(Net()).train(weights, some_examples(0), training, seed())
     for name in weights:
         np.testing.assert_allclose(trained[name], weights[name] * 0.9**3, rtol=1e-5)
 
@@ -159,9 +177,9 @@ def test_an_empty_batch_is_a_step_without_protection_too() -> None:
 def test_proximal_term_pulls_towards_the_round_s_weights() -> None:
     free = replace(TRAINING, noise_multiplier=0, steps=20)
     weights = new_weights()
-    moved = distance(Trainer(Net()).train(weights, EXAMPLES, free, SEED), weights)
+    moved = distance(Trainer(Net()).train(weights, EXAMPLES, free, seed()), weights)
     held = replace(free, proximal_mu=1.0)
-    assert distance(Trainer(Net()).train(weights, EXAMPLES, held, SEED), weights) < 0.7 * moved
+    assert distance(Trainer(Net()).train(weights, EXAMPLES, held, seed()), weights) < 0.7 * moved
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -181,21 +199,30 @@ def test_per_visitor_gradients_equal_a_float64_loop() -> None:
             torch.testing.assert_close(per_visitor[visitor], q.grad, rtol=1e-12, atol=1e-14)
 
 
+@each_engine
+@pytest.mark.parametrize("journeys", [1, 20])
 @pytest.mark.parametrize("outlier", [1.0, 1e4, 1e38, math.inf, math.nan])
-def test_one_visitor_moves_the_result_by_no_more_than_the_clipping_norm(outlier: float) -> None:
-    newcomer = some_examples(1, seed=1)
-    newcomer = replace(newcomer, numeric=np.full_like(newcomer.numeric, outlier))
+def test_one_visitor_moves_the_result_by_no_more_than_the_clipping_norm(
+    engine: str, journeys: int, outlier: float
+) -> None:
+    newcomer = some_examples(journeys, seed=1)
+    newcomer = replace(
+        newcomer,
+        numeric=np.full_like(newcomer.numeric, outlier),
+        visitor=np.full(journeys, 5),
+    )
     training = replace(
         TRAINING,
         sample_rate=1.0,
         steps=1,
         noise_multiplier=ALMOST_NO_NOISE,
         clipping_norm=0.1,
+        clipping_engine=engine,
         optimizer=OptimizerConfig(momentum=0.0, learning_rate=40.0),
     )
     weights, trainer = new_weights(), Trainer(Net())
-    without = trainer.train(weights, EXAMPLES, training, SEED)
-    with_one = trainer.train(weights, concatenate([EXAMPLES, newcomer]), training, SEED)
+    without = trainer.train(weights, EXAMPLES, training, seed())
+    with_one = trainer.train(weights, concatenate([EXAMPLES, newcomer]), training, seed())
     moved = distance(without, with_one)
     assert moved <= 0.1 * (1 + 1e-4)
     if not math.isfinite(outlier):
@@ -206,39 +233,38 @@ def test_one_visitor_moves_the_result_by_no_more_than_the_clipping_norm(outlier:
 def test_same_seed_same_bits(noise_multiplier: float) -> None:
     training = replace(TRAINING, noise_multiplier=noise_multiplier)
     weights, trainer = new_weights(), Trainer(Net())
-    first = trainer.train(weights, EXAMPLES, training, np.random.SeedSequence([7, 1, 2]))
-    seed = np.random.SeedSequence([7, 1, 2])
+    first = trainer.train(weights, EXAMPLES, training, seed(712))
     for _ in range(2):
-        again = trainer.train(weights, EXAMPLES, training, seed)
+        again = trainer.train(weights, EXAMPLES, training, seed(712))
         assert all((first[name] == again[name]).all() for name in first)
-    other = trainer.train(weights, EXAMPLES, training, np.random.SeedSequence([7, 1, 3]))
+    other = trainer.train(weights, EXAMPLES, training, seed(713))
     assert distance(first, other) > 1e-3
     assert distance(weights, new_weights()) == 0
-
-
-def test_draws_say_nothing_about_the_noise() -> None:
-    sampling, noise = _streams(SEED)
-    together = np.corrcoef(sampling.random(10_000), noise.random(10_000))[0, 1]
-    assert abs(together) < 5 / math.sqrt(10_000)
 
 
 def test_one_trainer_serves_private_and_plain_training_in_turn() -> None:
     plain = replace(TRAINING, noise_multiplier=0)
     weights, trainer = new_weights(), Trainer(Net())
     for training in (plain, TRAINING, plain, TRAINING):
-        trained = trainer.train(weights, EXAMPLES, training, SEED)
-        fresh = Trainer(Net()).train(weights, EXAMPLES, training, SEED)
+        trained = trainer.train(weights, EXAMPLES, training, seed())
+        fresh = Trainer(Net()).train(weights, EXAMPLES, training, seed())
         assert all((trained[name] == fresh[name]).all() for name in trained)
         assert all(getattr(p, "grad_sample", None) is None for p in trainer.model.parameters())
 
 
+@each_engine
 @pytest.mark.parametrize("noise_multiplier", [0.0, ALMOST_NO_NOISE])
-def test_microbatches_only_round(noise_multiplier: float) -> None:
-    training = replace(TRAINING, noise_multiplier=noise_multiplier, clipping_norm=0.1)
+def test_microbatches_only_round(engine: str, noise_multiplier: float) -> None:
+    training = replace(
+        TRAINING,
+        noise_multiplier=noise_multiplier,
+        clipping_norm=0.1,
+        clipping_engine=engine,
+    )
     small = replace(training, optimizer=replace(training.optimizer, microbatch=7))
     weights = new_weights()
-    whole, net = Trainer(Net()).train(weights, EXAMPLES, training, SEED), Net()
-    parts = Trainer(net).train(weights, EXAMPLES, small, SEED)
+    whole, net = Trainer(Net()).train(weights, EXAMPLES, training, seed()), Net()
+    parts = Trainer(net).train(weights, EXAMPLES, small, seed())
     assert max(net.batch_sizes) == 7
     assert distance(whole, weights) > 0.01
     assert distance(whole, parts) < 1e-5
@@ -248,7 +274,7 @@ def test_each_visitor_is_drawn_independently_at_the_sample_rate() -> None:
     steps, rate = 1000, 0.2
     net = Net()
     training = replace(TRAINING, steps=steps, noise_multiplier=0)
-    Trainer(net).train(new_weights(), EXAMPLES, training, SEED)
+    Trainer(net).train(new_weights(), EXAMPLES, training, seed())
     sizes = np.array(net.batch_sizes)
     variance = len(EXAMPLES) * rate * (1 - rate)
     assert len(sizes) == steps
@@ -265,11 +291,11 @@ def test_noise_of_a_whole_round(examples: Examples) -> None:
     )
     wide = nn.Linear(300, 300)
     weights = new_weights(wide)
-    trained = Trainer(wide).train(weights, examples, training, SEED)
+    trained = Trainer(wide).train(weights, examples, training, seed())
     walk = (trained["weight"] - weights["weight"]).astype(np.float64)
     assert walk.std() == pytest.approx(math.sqrt(4) * 2.0 * 0.5 / 10, rel=5 / math.sqrt(2 * 9e4))
     unprotected = replace(training, noise_multiplier=0)
-    assert distance(Trainer(wide).train(weights, examples, unprotected, SEED), weights) == 0
+    assert distance(Trainer(wide).train(weights, examples, unprotected, seed()), weights) == 0
 
 
 def test_rounds_spend_more_than_one_round() -> None:
@@ -277,17 +303,78 @@ def test_rounds_spend_more_than_one_round() -> None:
     assert epsilon([TRAINING.event] * 20, 1e-5) > 2 * epsilon([TRAINING.event], 1e-5)
 
 
-def test_a_model_that_mixes_visitors_up_is_refused() -> None:
-    model = TouchpointsAsVisitors()
+@each_engine
+def test_a_model_that_mixes_visitors_up_is_refused(engine: str) -> None:
+    model, training = TouchpointsAsVisitors(), replace(TRAINING, clipping_engine=engine)
     with pytest.raises(RuntimeError, match="first dimension"):
-        Trainer(model).train(new_weights(model), EXAMPLES, TRAINING, SEED)
+        Trainer(model).train(new_weights(model), EXAMPLES, training, seed())
+
+
+def test_an_unknown_layer_is_refused_with_a_way_out() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    with pytest.raises(TypeError, match=r"0 \(BatchNorm1d\).*privacy\.clipping_engine=opacus"):
+        Trainer(model)._engine("bookkeeping")
+
+
+def repeated(examples: Examples, times: int) -> Examples:
+    """Each visitor with the same journey several times, out of order."""
+    rows = np.random.default_rng(0).permutation(np.repeat(np.arange(len(examples)), times))
+    return replace(examples.take(rows), visitor=rows * 3 - 7)
+
+
+@each_engine
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
+def test_who_has_the_same_journey_twice_weighs_and_is_drawn_as_before(
+    engine: str, noise_multiplier: float
+) -> None:
+    training = replace(
+        TRAINING, noise_multiplier=noise_multiplier, clipping_norm=0.1, clipping_engine=engine
+    )
+    weights, net = new_weights(), Net()
+    once = Trainer(Net()).train(weights, EXAMPLES, training, seed())
+    twice = Trainer(net).train(weights, repeated(EXAMPLES, 2), training, seed())
+    assert distance(once, weights) > 0.01
+    assert distance(once, twice) < 1e-4
+    assert all(size % 2 == 0 for size in net.batch_sizes)
+
+
+def test_visitors_with_more_and_fewer_journeys_train_together() -> None:
+    several = [repeated(EXAMPLES.take(np.arange(50 * i, 50 * i + 50)), i + 1) for i in range(4)]
+    training = replace(TRAINING, noise_multiplier=ALMOST_NO_NOISE, sample_rate=1.0, steps=3)
+    weights = new_weights()
+    small = replace(training, optimizer=replace(training.optimizer, microbatch=3))
+    expected = Trainer(Net()).train(weights, EXAMPLES, training, seed())
+    for same in (training, small):
+        trained = Trainer(Net()).train(weights, concatenate(several), same, seed())
+        assert distance(expected, trained) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["logistic", "mlp", "gru", "attention"])
+def test_both_engines_train_the_same_model(name: str) -> None:
+    spec = FeatureSpec((("channel", VALUES),), ("gap", "age", "price"), TOUCHPOINTS)
+    weights = new_weights(build(GROUPS["model"][name](), spec))
+    examples = concatenate([EXAMPLES, repeated(some_examples(60, seed=2), 2)])
+    training = replace(TRAINING, clipping_norm=0.5, steps=12, optimizer=OptimizerConfig())
+    one, other = (
+        Trainer(build(GROUPS["model"][name](), spec)).train(
+            weights, examples, replace(training, clipping_engine=engine), seed()
+        )
+        for engine in ("bookkeeping", "opacus")
+    )
+    assert distance(one, weights) > 0.1
+    for weight in weights:
+        np.testing.assert_allclose(one[weight], other[weight], atol=1e-4)
+
+
+def test_the_number_of_parameters_is_known() -> None:
+    assert Trainer(Net()).parameters == sum(value.size for value in new_weights().values())
 
 
 def test_weights_of_another_model_are_refused() -> None:
     weights = new_weights()
     weights["out.bias"] = np.zeros(2, np.float32)
     with pytest.raises(RuntimeError, match=r"out\.bias"):
-        Trainer(Net()).train(weights, EXAMPLES, TRAINING, SEED)
+        Trainer(Net()).train(weights, EXAMPLES, TRAINING, seed())
 
 
 @pytest.mark.parametrize(
@@ -309,14 +396,16 @@ def test_impossible_training_is_refused(field: str, value: float) -> None:
 def test_plain_training_does_not_import_opacus() -> None:
     code = """
 import sys, numpy, torch
-from conf.schema import OptimizerConfig
+from conf.schema import GROUPS, OptimizerConfig
 from journeys.examples import Examples
+from privacy.randomness import SeededRandomness
 from privacy.training import LocalTraining, Trainer
 
 nobody = Examples(*(numpy.zeros(0, numpy.float32) for _ in range(4)))
 training = LocalTraining(0.1, 1, 1.0, 0.0, 1.0, OptimizerConfig())
 weights = {"weight": numpy.zeros((1, 1)), "bias": numpy.zeros(1)}
-Trainer(torch.nn.Linear(1, 1)).train(weights, nobody, training, numpy.random.SeedSequence(0))
+randomness = SeededRandomness(numpy.random.SeedSequence(0))
+Trainer(torch.nn.Linear(1, 1)).train(weights, nobody, training, randomness)
 sys.exit("opacus" in sys.modules)
 """
     root = Path(__file__).parents[2]

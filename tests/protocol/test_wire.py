@@ -17,7 +17,7 @@ from conf.schema import (
     Unprotected,
     VisitorDP,
 )
-from evaluation.histogram import BINS, ScoreHistogram
+from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
 from protocol.plan import RoundPlan
 from protocol.replies import SiteDescription, SiteEvaluation, SiteRefusal, SiteUpdate
 from protocol.wire import LARGEST_TEXT, WireError, from_text, to_text
@@ -28,9 +28,12 @@ positive = st.floats(1e-6, 1e6)
 names = st.text(max_size=20)
 plans = st.builds(
     RoundPlan,
+    federation=names,
+    purpose=names,
     run=names,
     round=st.integers(),
     rounds=st.integers(),
+    evaluations=st.integers(),
     model=st.one_of(
         st.builds(LogisticConfig, name=st.just("logistic")),
         st.builds(MlpConfig, name=st.just("mlp"), embedding=st.integers(1, 99)),
@@ -55,12 +58,12 @@ replies = st.one_of(
 
 
 def a_plan() -> RoundPlan:
-    return RoundPlan("r", 1, 3, GruConfig(), OptimizerConfig(), VisitorDP())
+    return RoundPlan("f", "p", "r", 1, 3, 2, GruConfig(), OptimizerConfig(), VisitorDP())
 
 
-def an_evaluation() -> SiteEvaluation:
-    counts = np.random.default_rng(1).random((2, BINS)) * 1e3
-    return SiteEvaluation("shop", 2, ScoreHistogram(*counts))
+def an_evaluation(bins: Bins = NOISED) -> SiteEvaluation:
+    counts = np.random.default_rng(1).normal(0, 1e3, (2, bins.count))
+    return SiteEvaluation("shop", 2, ScoreHistogram(*counts), 4.5, 1.25)
 
 
 @given(plan=plans)
@@ -78,16 +81,17 @@ def test_a_reply_comes_back_equal(reply: SiteDescription | SiteRefusal) -> None:
     assert from_text(type(reply), to_text(reply)) == reply
 
 
-def test_a_histogram_comes_back_to_the_last_bit() -> None:
-    sent = an_evaluation()
+@pytest.mark.parametrize("bins", [EXACT, NOISED], ids=["exact", "noised"])
+def test_a_histogram_comes_back_to_the_last_bit(bins: Bins) -> None:
+    sent = an_evaluation(bins)
     back = from_text(SiteEvaluation, to_text(sent))
-    assert (back.site, back.round) == (sent.site, sent.round)
+    assert (back.site, back.round, back.noise, back.epsilon) == ("shop", 2, 4.5, 1.25)
     assert np.array_equal(back.histogram.negative, sent.histogram.negative)
     assert np.array_equal(back.histogram.positive, sent.histogram.positive)
 
 
 def test_an_update_takes_its_weights_from_beside_the_text() -> None:
-    sent = SiteUpdate("shop", 3, {"a": np.ones(2, np.float32)}, None, an_evaluation())
+    sent = SiteUpdate("shop", 3, {"a": np.ones(2, np.float32)}, None)
     text = to_text(sent, leave_out=("weights",))
     assert "weights" not in json.loads(text)
     back = from_text(SiteUpdate, text, weights=sent.weights)
@@ -114,6 +118,9 @@ FAULTS: list[tuple[tuple[str, ...], object, str]] = [
     (("round",), True, "RoundPlan.round: not of type"),
     (("round",), None, "RoundPlan.round: not of type"),
     (("round",), 1.0, "RoundPlan.round: not of type"),
+    (("federation",), None, "RoundPlan.federation: not of type"),
+    (("purpose",), ["ads"], "RoundPlan.purpose: not of type"),
+    (("evaluations",), 2.0, "RoundPlan.evaluations: not of type"),
     (("run",), 7, "RoundPlan.run: not of type"),
     (("run",), ["r"], "RoundPlan.run: not of type"),
     (("run",), "\ud800", "RoundPlan.run: half a character"),
@@ -165,7 +172,7 @@ def test_every_missing_field_is_named() -> None:
                 from_text(RoundPlan, json.dumps({**whole, group: less}))
 
 
-GOOD: list[Any] = [0] * BINS
+GOOD: list[Any] = [0] * NOISED.count
 
 
 @pytest.mark.parametrize(
@@ -176,22 +183,38 @@ GOOD: list[Any] = [0] * BINS
         {"negative": GOOD},
         {"negative": GOOD, "positive": GOOD, "both": GOOD},
         {"negative": GOOD, "positive": GOOD[1:]},
+        {"negative": GOOD, "positive": [0] * EXACT.count},
+        {"negative": [], "positive": []},
+        {"negative": [0] * 100_000, "positive": [0] * 100_000},
         {"negative": GOOD, "positive": [GOOD]},
         {"negative": GOOD, "positive": 0},
-        {"negative": GOOD, "positive": "0" * BINS},
-        {"negative": GOOD, "positive": ["0"] * BINS},
-        {"negative": GOOD, "positive": [True] * BINS},
-        {"negative": GOOD, "positive": [None] * BINS},
-        {"negative": GOOD, "positive": [{}] * BINS},
+        {"negative": GOOD, "positive": "0" * 24},
+        {"negative": GOOD, "positive": ["0"] * 24},
+        {"negative": GOOD, "positive": [True] * 24},
+        {"negative": GOOD, "positive": [None] * 24},
+        {"negative": GOOD, "positive": [{}] * 24},
         {"negative": GOOD, "positive": [float("nan"), *GOOD[1:]]},
         {"negative": [float("-inf"), *GOOD[1:]], "positive": GOOD},
         {"negative": [10**400, *GOOD[1:]], "positive": GOOD},
     ],
 )
 def test_a_histogram_that_is_none_is_refused(histogram: object) -> None:
-    text = json.dumps({"site": "a", "round": 1, "histogram": histogram})
+    text = json.dumps({**json.loads(to_text(an_evaluation())), "histogram": histogram})
     with pytest.raises(WireError, match=r"^SiteEvaluation\.histogram: "):
         from_text(SiteEvaluation, text)
+
+
+@pytest.mark.parametrize("noise", [-1, -1e-300, None, "1", True, float("nan"), float("inf")])
+def test_noise_that_is_none_is_refused(noise: object) -> None:
+    text = json.dumps({**json.loads(to_text(an_evaluation())), "noise": noise})
+    with pytest.raises(WireError, match=r"^SiteEvaluation(\.noise)?: n"):
+        from_text(SiteEvaluation, text)
+
+
+@pytest.mark.parametrize("noise", [-1.0, float("nan")])
+def test_noise_below_zero_cannot_be_told(noise: float) -> None:
+    with pytest.raises(ValueError, match="noise: must be 0 or more"):
+        SiteEvaluation("shop", 1, ScoreHistogram.empty(), noise, None)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +262,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 @given(value=json_values, path=st.sampled_from([f[0] for f in FAULTS]))
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=250)
 def test_any_json_in_any_place_is_read_or_refused(value: object, path: tuple[str, ...]) -> None:
     read = json.loads(to_text(a_plan()))
     inner = read

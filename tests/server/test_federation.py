@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -8,21 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Error,
-    Message,
-    RecordDict,
-)
+import safetensors.numpy
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from conf.schema import LogisticConfig, OptimizerConfig, Unprotected
-from evaluation.histogram import ScoreHistogram
+from conf.schema import LogisticConfig, OptimizerConfig, Unprotected, VisitorDP
+from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
 from protocol.plan import RoundPlan
 from protocol.records import read_plan, reply_records
 from protocol.replies import (
@@ -36,7 +29,9 @@ from protocol.replies import (
 )
 from server.federation import Federation, JoinError
 
-PLAN = RoundPlan("run", 0, 5, LogisticConfig(), OptimizerConfig(), Unprotected())
+PLAN = RoundPlan(
+    "federation", "purpose", "run", 0, 5, 2, LogisticConfig(), OptimizerConfig(), Unprotected()
+)
 WEIGHTS: Weights = {"w": np.ones(3, np.float32)}
 
 Answer = Callable[[Message, RoundPlan], list[Message]]
@@ -90,8 +85,11 @@ class FakeGrid(Grid):
 
 
 def update(site: str, round_: int, value: float = 2.0) -> SiteUpdate:
-    evaluation = SiteEvaluation(site, round_ - 1, ScoreHistogram.empty())
-    return SiteUpdate(site, round_, {"w": np.full(3, value, np.float32)}, 0.5, evaluation)
+    return SiteUpdate(site, round_, {"w": np.full(3, value, np.float32)}, 0.5)
+
+
+def evaluation(site: str, round_: int, bins: Bins = EXACT) -> SiteEvaluation:
+    return SiteEvaluation(site, round_, ScoreHistogram.empty(bins), 0.0, None)
 
 
 def honest(site: str, message: Message, plan: RoundPlan) -> Reply:
@@ -100,7 +98,7 @@ def honest(site: str, message: Message, plan: RoundPlan) -> Reply:
             return SiteDescription(site, 100.0)
         case "train":
             return update(site, plan.round)
-    return SiteEvaluation(site, plan.round, ScoreHistogram.empty())
+    return evaluation(site, plan.round)
 
 
 def reply(message: Message, answer: Reply) -> Message:
@@ -142,24 +140,14 @@ def text(kind: str, value: Any) -> RecordDict:
     return RecordDict({"text": ConfigRecord({kind: value})})
 
 
-def with_array(array: Array) -> RecordDict:
+def with_array(data: bytes, stype: str = "safetensors", name: str = "safetensors") -> Answer:
     records = reply_records(update("bad", 2))
-    records["weights"] = ArrayRecord({"w": array})
-    return records
+    records["weights"] = ArrayRecord({name: Array("", (), stype, data)})
+    return with_content(records)
 
 
 def spoilt(change: Callable[[SiteUpdate], Reply]) -> Answer:
     return lambda message, _: [reply(message, change(update("bad", 2)))]
-
-
-def numpy_bytes(data: bytes, stype: str = "numpy.ndarray") -> Array:
-    return Array("float32", (3,), stype, data)
-
-
-def archive() -> bytes:
-    file = io.BytesIO()
-    np.savez(file, w=WEIGHTS["w"])
-    return file.getvalue()
 
 
 BAD: dict[str, tuple[Answer, str, str]] = {
@@ -190,16 +178,6 @@ BAD: dict[str, tuple[Answer, str, str]] = {
         "answered for round 3 instead of 2",
     ),
     "other name": (spoilt(lambda u: replace(u, site="a")), "dropped", "another site's name"),
-    "evaluation under another name": (
-        spoilt(lambda u: replace(u, evaluation=replace(u.evaluation, site="a"))),
-        "dropped",
-        "evaluated for another site or round",
-    ),
-    "evaluation of another round": (
-        spoilt(lambda u: replace(u, evaluation=replace(u.evaluation, round=0))),
-        "dropped",
-        "evaluated for another site or round",
-    ),
     "other kind": (
         lambda m, _: [reply(m, SiteDescription("bad", 1e9))],
         "dropped",
@@ -213,50 +191,22 @@ BAD: dict[str, tuple[Answer, str, str]] = {
     "no JSON": (with_content(text("SiteUpdate", "{")), "dropped", "not JSON"),
     "no object": (with_content(text("SiteUpdate", "[1]")), "dropped", "not an object"),
     "no fields": (with_content(text("SiteUpdate", "{}")), "dropped", "missing"),
-    "array of garbage": (with_content(with_array(numpy_bytes(b"garbage"))), "dropped", "weights"),
-    "array of nothing": (with_content(with_array(numpy_bytes(b""))), "dropped", "weights"),
-    "zip for an array": (
-        with_content(with_array(numpy_bytes(b"PK\x03\x04garbage"))),
+    "evaluation": (
+        lambda m, _: [reply(m, evaluation("bad", 2))],
         "dropped",
-        "weights",
+        "answered with a SiteEvaluation",
     ),
-    "archive for an array": (
-        with_content(with_array(numpy_bytes(archive()))),
-        "dropped",
-        "weights.w: an archive",
-    ),
-    "pickle for an array": (
-        with_content(with_array(numpy_bytes(b"\x80\x04N."))),
-        "dropped",
-        "weights",
-    ),
-    "array too large": (
-        with_content(
-            with_array(
-                numpy_bytes(
-                    b"\x93NUMPY\x01\x00v\x00"
-                    + b"{'descr':'<f4','fortran_order':False,'shape':(99999999999999,)}".ljust(117)
-                    + b"\n"
-                )
-            )
-        ),
-        "dropped",
-        "weights",
-    ),
-    "array of another library": (
-        with_content(with_array(numpy_bytes(b"", "torch.tensor"))),
-        "dropped",
-        "weights",
-    ),
+    "arrays of garbage": (with_array(b"garbage"), "dropped", "weights: arrays"),
+    "arrays of nothing": (with_array(b""), "dropped", "weights: arrays"),
+    "pickle for arrays": (with_array(b"\x80\x04N."), "dropped", "weights: arrays"),
+    "pickle, and says so": (with_array(b"\x80\x04N.", "pickle"), "dropped", "weights: not in"),
+    "arrays of another library": (with_array(b"", "numpy.ndarray"), "dropped", "weights: not in"),
+    "arrays one by one": (with_array(b"", name="w"), "dropped", "weights: not in"),
+    "header too large": (with_array((2**63).to_bytes(8, "little")), "dropped", "weights: arrays"),
     "float64": (
-        with_content(with_array(Array(np.ones(3)))),
+        with_array(safetensors.numpy.save({"w": np.ones(3)})),
         "dropped",
         "weights.w: float64 instead of float32",
-    ),
-    "integers": (
-        with_content(with_array(Array(np.ones(3, np.int32)))),
-        "dropped",
-        "weights.w: int32 instead of float32",
     ),
 }
 
@@ -347,6 +297,54 @@ def test_evaluations() -> None:
     assert isinstance(answers[0], SiteEvaluation)
     assert answers[0].round == 3
     assert answers[1] == SiteFailure("b", "missing", "broke")
+
+
+def counts(value: float, bins: Bins = EXACT) -> ScoreHistogram:
+    histogram = ScoreHistogram.empty(bins)
+    histogram.positive[3] = value
+    return histogram
+
+
+BAD_EVALUATIONS: dict[str, tuple[SiteEvaluation, str]] = {
+    "earlier round": (evaluation("bad", 2), "answered for round 2 instead of 3"),
+    "other name": (evaluation("a", 3), "another site's name"),
+    "bins for noise": (evaluation("bad", 3, NOISED), "histogram: 24 bins instead of 400"),
+    "huge count": (
+        SiteEvaluation("bad", 3, counts(2e12), 0.0, None),
+        "histogram: a count beyond 1e+12",
+    ),
+    "huge count below zero": (
+        SiteEvaluation("bad", 3, counts(-1.7e308), 0.0, None),
+        "histogram: a count beyond 1e+12",
+    ),
+    "huge noise": (SiteEvaluation("bad", 3, counts(1), 1.7e308, None), "noise: beyond 1e+12"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_EVALUATIONS)
+def test_an_evaluation_that_is_not_sound_is_dropped_alone(kind: str) -> None:
+    bad, reason = BAD_EVALUATIONS[kind]
+    federation = joined(good("a"), after_joining("bad", lambda m, _: [reply(m, bad)]), good("z"))
+
+    answers = federation.evaluate(replace(PLAN, round=3), WEIGHTS, 1.0)
+
+    assert [type(a) for a in answers] == [SiteEvaluation, SiteFailure, SiteEvaluation]
+    assert answers[1].site == "bad"
+    assert isinstance(answers[1], SiteFailure)
+    assert answers[1].outcome == "dropped"
+    assert reason in answers[1].reason
+
+
+def test_where_visitors_are_protected_counts_without_noise_are_dropped() -> None:
+    noised = after_joining("noised", lambda m, p: [reply(m, evaluation("noised", p.round, NOISED))])
+    federation = joined(good("exact"), noised)
+
+    protected = replace(PLAN, round=3, privacy=VisitorDP())
+    answers = federation.evaluate(protected, WEIGHTS, 1.0)
+
+    reason = "histogram: 400 bins instead of 24"
+    assert answers[0] == SiteFailure("exact", "dropped", reason)
+    assert isinstance(answers[1], SiteEvaluation)
 
 
 # ------------------------------------------------------------------ bounded waiting

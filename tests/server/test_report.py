@@ -16,7 +16,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from evaluation.histogram import ScoreHistogram
+from evaluation.histogram import NOISED, ScoreHistogram
 from evaluation.metrics import Metrics, metrics
 from server import plots
 from server.report import RunFolderError, write_comparison, write_report
@@ -32,6 +32,12 @@ def _record(measured: Metrics) -> dict[str, float | None]:
     return {key: None if math.isnan(v) else v for key, v in asdict(measured).items()}
 
 
+def _band(measured: Metrics, half: float) -> dict[str, list[float] | None]:
+    return {
+        key: None if math.isnan(v) else [v - half, v + half] for key, v in asdict(measured).items()
+    }
+
+
 def _histogram(random: np.random.Generator, skill: float, examples: int = 300) -> ScoreHistogram:
     truth = random.normal(-2.5, 1.0, examples)
     labels = (random.random(examples) < 1 / (1 + np.exp(-truth))).astype(np.float32)
@@ -45,6 +51,7 @@ def _write_run(
     rounds: int = 4,
     protected: bool = True,
     title: str = "made-up run",
+    noise: float = 0.0,
 ) -> Path:
     random = np.random.default_rng(0)
     epsilon, delta = (2.9, 1e-5) if protected else (None, None)
@@ -72,7 +79,9 @@ def _write_run(
                 "kind": "evaluation",
                 "round": number,
                 "global": _record(metrics(total)),
+                "band": _band(metrics(total), noise),
                 "sites": {name: _record(metrics(part)) for name, part in parts.items()},
+                "failures": {},
             }
         )
     summary = {
@@ -83,6 +92,7 @@ def _write_run(
         "delta": delta,
         "privacy_statement": ["Said in plain words."],
         "global": _record(metrics(total)),
+        "band": _band(metrics(total), noise),
         "sites": {
             name: {"metrics": _record(metrics(part)), "epsilon": epsilon}
             for name, part in parts.items()
@@ -201,7 +211,8 @@ def test_report_shows_what_the_run_measured(tmp_path: Path) -> None:
     text = " ".join(page.words)
     for shown in ("made-up run", "Said in plain words.", "2.90", "3.25", "1e-05", "0.613", "0.144"):
         assert shown in text
-    assert "every site trained in every round" in text
+    assert "every site answered soundly" in text
+    assert "noise" not in text
     assert "4 of 4 rounds completed · 3 sites · 900 examples held out · 41 s" in text
     assert page.pictures == [
         "ROC-AUC over rounds",
@@ -234,14 +245,27 @@ def test_report_lists_what_went_wrong_and_nothing_else(tmp_path: Path) -> None:
     for name in names[:7]:
         third["sites"][name].update(outcome="missing", reason="no reply", epsilon=None)
     third["sites"]["site 8"].update(outcome="refused", reason="budget gone", epsilon=None)
+    first, *_, last = (line for line in lines if line["kind"] == "evaluation")
+    first["failures"] = {"site 3": {"outcome": "dropped", "reason": "a count beyond 1e+12"}}
+    last["failures"] = {
+        name: {"outcome": "missing", "reason": "no reply"} for name in ("site 1", "site 2")
+    }
     _write_lines(folder, lines)
     page = _report(folder)
     assert page.tables[1] == [
-        ["Round", "Outcome", "Reason", "Sites"],
-        ["2", "dropped", "a value is not finite", "site 7"],
-        ["3", "round failed", "2 of 9 sound updates, 5 needed", "all"],
-        ["3", "missing", "no reply", "site 0, site 1, site 2, site 3, site 4 and 2 more"],
-        ["3", "refused", "budget gone", "site 8"],
+        ["Round", "Step", "Outcome", "Reason", "Sites"],
+        ["0", "evaluation", "dropped", "a count beyond 1e+12", "site 3"],
+        ["2", "training", "dropped", "a value is not finite", "site 7"],
+        ["3", "training", "round failed", "2 of 9 sound updates, 5 needed", "all"],
+        [
+            "3",
+            "training",
+            "missing",
+            "no reply",
+            "site 0, site 1, site 2, site 3, site 4 and 2 more",
+        ],
+        ["3", "training", "refused", "budget gone", "site 8"],
+        ["4", "evaluation", "missing", "no reply", "site 1, site 2"],
     ]
     assert any("3 of 4 rounds completed" in word for word in page.words)
 
@@ -265,6 +289,7 @@ def test_report_leaves_out_what_is_unknown(tmp_path: Path) -> None:
     for line in lines:
         if line["kind"] == "evaluation":
             line["global"] = dict.fromkeys(line["global"])
+            line["band"] = dict.fromkeys(line["band"])
             line["sites"]["site 0"].update(roc_auc=None, log_loss=None)
             del line["sites"]["site 1"]
         else:
@@ -273,6 +298,7 @@ def test_report_leaves_out_what_is_unknown(tmp_path: Path) -> None:
     _write_lines(folder, lines)
     summary = json.loads((folder / "summary.json").read_text())
     summary["global"] = dict.fromkeys(summary["global"])
+    summary["band"] = dict.fromkeys(summary["band"])
     summary["sites"]["site 0"]["metrics"]["roc_auc"] = None
     summary["sites"]["site 1"] = {"metrics": None, "epsilon": None}
     empty = {"negative": [0.0] * 400, "positive": [0.0] * 400}
@@ -288,14 +314,33 @@ def test_report_leaves_out_what_is_unknown(tmp_path: Path) -> None:
 
 def test_report_takes_counts_with_privacy_noise(tmp_path: Path) -> None:
     folder = _write_run(tmp_path)
-    noise = np.random.default_rng(1).normal(0, 5, (2, 400))
-    histogram = json.loads((folder / "summary.json").read_text())["histogram"]
-    noised = {
-        key: (np.array(histogram[key]) + extra).tolist()
-        for key, extra in zip(("negative", "positive"), noise, strict=True)
-    }
-    _edit_summary(folder, histogram=noised)
+    counts = np.random.default_rng(1).normal(20, 30, (2, NOISED.count))
+    noised = ScoreHistogram(*counts).without_noise_below_zero()
+    _edit_summary(
+        folder,
+        histogram={"negative": noised.negative.tolist(), "positive": noised.positive.tolist()},
+    )
     assert _report(folder).count["svg"] == 5
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_report_shows_what_the_noise_may_have_moved(tmp_path: Path, rounds: int) -> None:
+    page = _report(_write_run(tmp_path, rounds=rounds, noise=0.0625))
+    assert " ".join(page.words).count("± 0.062") == 3
+    # Once in each of the two legends.
+    assert page.words.count("90 % band of the noise") == 2
+
+
+def test_report_takes_a_band_that_is_known_in_one_round_alone(tmp_path: Path) -> None:
+    folder = _write_run(tmp_path, noise=0.05)
+    lines = _read_lines(folder)
+    for line in lines[:-1]:
+        if line["kind"] == "evaluation":
+            line["band"] = dict.fromkeys(line["band"])
+    _write_lines(folder, lines)
+    page = _report(folder)
+    assert page.words.count("90 % band of the noise") == 2
+    assert "nan" not in (folder / "report.html").read_text().lower()
 
 
 def test_words_from_the_data_stay_words(tmp_path: Path) -> None:
@@ -303,14 +348,15 @@ def test_words_from_the_data_stay_words(tmp_path: Path) -> None:
     lines = _read_lines(folder)
     lines[1]["sites"][HOSTILE].update(outcome="dropped", reason=HOSTILE)
     lines[1].update(completed=False, reason=HOSTILE)
+    lines[2]["failures"] = {HOSTILE: {"outcome": "dropped", "reason": HOSTILE}}
     _write_lines(folder, lines)
     baselines = [{"name": HOSTILE, "roc_auc": 0.6, "pr_auc": 0.1}]
     _edit_summary(folder, privacy_statement=[HOSTILE], baselines=baselines)
     (folder / "config.yaml").write_text(f"note: '{HOSTILE}'\n")
     page = _report(folder)
     assert page.tables[0][2][0] == HOSTILE
-    assert page.tables[1][1][2] == HOSTILE
-    assert page.words.count(HOSTILE) >= 9
+    assert page.tables[1][1][3] == page.tables[1][3][3] == page.tables[1][3][4] == HOSTILE
+    assert page.words.count(HOSTILE) >= 11
     assert "49" not in page.words
 
 
@@ -321,7 +367,7 @@ def test_of_a_round_run_twice_the_last_counts(tmp_path: Path) -> None:
     lines[1]["sites"]["site 0"].update(outcome="missing", reason="stopped")
     _write_lines(folder, [*lines[:3], again, *lines[3:]])
     page = _report(folder)
-    assert any("every site trained" in word for word in page.words)
+    assert any("every site answered soundly" in word for word in page.words)
     assert any("4 of 4 rounds completed" in word for word in page.words)
 
 
@@ -348,7 +394,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         ("metrics.jsonl", b'{"kind": "round"', r"metrics.jsonl, line 1: not a round or"),
         ("metrics.jsonl", b'{"kind": "lunch"}\n', r"metrics.jsonl, line 1: not a round or"),
         ("metrics.jsonl", b"7\n", r"metrics.jsonl, line 1: not a round or"),
-        ("metrics.jsonl", b'{"kind": "evaluation", "round": 1}\n', r"line 1: lacks global, sites"),
+        ("metrics.jsonl", b'{"kind": "evaluation", "round": 1}\n', r"line 1: lacks global, band, "),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

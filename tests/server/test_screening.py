@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.schema import StrategyConfig
-from evaluation.histogram import ScoreHistogram
-from protocol.replies import SiteEvaluation, SiteFailure, SiteUpdate, Weights
+from protocol.replies import SiteFailure, SiteUpdate, Weights
 from server.screening import cap_weights, screen_updates
 from server.strategy import Aggregator
 
@@ -20,8 +19,7 @@ GLOBAL: Weights = {
 
 
 def update(site: str, weights: Weights) -> SiteUpdate:
-    evaluation = SiteEvaluation(site, 0, ScoreHistogram.empty())
-    return SiteUpdate(site, 1, weights, 1.0, evaluation)
+    return SiteUpdate(site, 1, weights, 1.0)
 
 
 def sound(site: str, value: float = 0.1) -> SiteUpdate:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from conf.schema import STRATEGIES, StrategyConfig
-from evaluation.histogram import ScoreHistogram
-from protocol.replies import SiteEvaluation, SiteUpdate, Weights
+from protocol.replies import SiteUpdate, Weights
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.strategy import Aggregator
 
@@ -19,10 +18,7 @@ SHAPES = {"embedding": (4, 3), "out": (1,)}
 
 
 def updates(models: list[Weights]) -> list[SiteUpdate]:
-    return [
-        SiteUpdate(str(i), 1, w, None, SiteEvaluation(str(i), 0, ScoreHistogram.empty()))
-        for i, w in enumerate(models)
-    ]
+    return [SiteUpdate(str(i), 1, w, None) for i, w in enumerate(models)]
 
 
 def draw(rng: np.random.Generator) -> Weights:

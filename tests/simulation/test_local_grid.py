@@ -18,12 +18,13 @@ from conf.schema import Config
 from journeys.examples import Examples
 from journeys.features import FeatureSpec, feature_spec
 from journeys.site import SiteJourneys
+from privacy.ledger import Ledger, LedgerBusyError
 from protocol.records import plan_records, read_reply
 from protocol.replies import SiteDescription
 from server.federation import Federation
 from server.rounds import first_plan, initial_weights
 from simulation.faults import Fault, Faults
-from simulation.fleet import Fleet, open_site
+from simulation.fleet import Fleet
 from simulation.local_grid import LocalGrid, _pin
 
 CONFIG: Config = load(["debug=tiny", "model=logistic", "privacy=unprotected"])
@@ -85,9 +86,14 @@ def test_a_fleet_gives_back_what_it_was_given(fleet: Fleet) -> None:
         assert opened.holdout_probability is None
 
 
-def test_a_site_is_opened_once_a_process(fleet: Fleet) -> None:
-    assert open_site(fleet, 1) is open_site(fleet, 1)
-    assert open_site(fleet, 1) is not open_site(fleet, 2)
+def test_closing_a_grid_gives_up_the_ledgers(fleet: Fleet) -> None:
+    for _ in range(2):
+        with LocalGrid(fleet, workers=0) as grid:
+            federation = Federation(grid)
+            federation.join(PLAN, 3, 3, 10.0)
+            with pytest.raises(LedgerBusyError):
+                Ledger(fleet.ledgers / "0.sqlite")
+    Ledger(fleet.ledgers / "0.sqlite").close()
 
 
 def test_every_site_answers_for_itself(fleet: Fleet) -> None:

@@ -1,0 +1,159 @@
+"""A model wrapped, as an extension of Opacus, so that it gives each visitor's gradients.
+
+Both ways give the same gradients; `privacy.optimizer` clips them, adds them up and adds noise.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from opacus import GradSampleModule
+from opacus.grad_sample.gsm_base import AbstractGradSampleModule
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from privacy.gradients import GRADIENTS, Kept, Use, VisitorGradients
+
+ADVICE = "use layers of privacy.gradients.GRADIENTS, or set privacy.clipping_engine=opacus"
+NOT_PER_VISITOR = (
+    "{} has no gradient for each visitor: every layer must take part, and see examples as its "
+    "first dimension, in every forward pass"
+)
+
+
+class Engine(Protocol):
+    """A wrapped model. Calls take turns: forward, then the gradients of what came out of it."""
+
+    def __call__(self, batch: Any) -> Tensor:
+        """What the model gives for `batch`: one row an example."""
+
+    def visitor_gradients(self, loss: Tensor, examples: int, each: int) -> list[VisitorGradients]:
+        """Of all of the model's parameters.
+
+        Args:
+            loss: (), a sum over the `examples` of the last call.
+            examples: R, those of a visitor in a row.
+            each: how many of them each visitor has.
+
+        Raises:
+            RuntimeError: A parameter has no gradient for each visitor: it took no part, or its
+                layer saw something else than examples as the first dimension. To clip such
+                gradients would protect no visitor.
+        """
+
+
+class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
+    """Keeps what goes into each layer, and asks autograd for no gradient but of what comes out.
+
+    Of the two `privacy.gradients` makes each visitor's: autograd computes no parameter's gradient,
+    and of large layers nobody computes a visitor's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Attach to the layers of `model`, which stays usable without this wrapper.
+
+        Raises:
+            TypeError: A layer of which no closed form is known, or which may mix visitors up.
+        """
+        layers = {layer: name for name, layer in model.named_modules()}
+        for layer, name in layers.items():
+            _check_layer(layer, name)
+        parameters = [p for layer in layers for p in layer.parameters(recurse=False)]
+        if len(parameters) > len(set(parameters)):
+            raise TypeError(f"two layers share a parameter: {ADVICE}")
+        super().__init__(model, loss_reduction="sum")
+        self._layers = {layer: name for layer, name in layers.items() if _has_parameters(layer)}
+        self._hooks = [layer.register_forward_hook(self._keep) for layer in self._layers]
+        self._keeping = False
+        self._inputs: list[tuple[nn.Module, Tensor]] = []
+        self._outputs: list[GradientEdge] = []
+
+    def forward(self, batch: Any) -> Tensor:
+        """What the model gives for `batch`."""
+        self._inputs, self._outputs, self._keeping = [], [], True
+        try:
+            result: Tensor = self._module(batch)
+        finally:
+            self._keeping = False
+        return result
+
+    def visitor_gradients(self, loss: Tensor, examples: int, each: int) -> list[VisitorGradients]:
+        """Of all parameters, layer by layer; see `Engine`."""
+        gradients = torch.autograd.grad(loss, self._outputs, allow_unused=True)
+        uses: dict[nn.Module, list[Use]] = {layer: [] for layer in self._layers}
+        for (layer, entered), gradient in zip(self._inputs, gradients, strict=True):
+            if gradient is not None:
+                uses[layer].append((entered, gradient))
+        self._inputs, self._outputs = [], []
+        for layer, name in self._layers.items():
+            sizes = {len(x) for use in uses[layer] for x in use}
+            if sizes != {examples}:
+                raise RuntimeError(NOT_PER_VISITOR.format(name))
+        return [GRADIENTS[type(layer)](layer, used, each) for layer, used in uses.items()]
+
+    def remove_hooks(self) -> None:
+        """Detach from the layers."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, layer: nn.Module, entered: tuple[Tensor, ...], came_out: Tensor) -> None:
+        if self._keeping and came_out.requires_grad:
+            self._inputs.append((layer, entered[0].detach()))
+            self._outputs.append(get_gradient_edge(came_out))
+
+
+class OpacusHooks(GradSampleModule):  # type: ignore[misc]
+    """Opacus's own way: a gradient of each parameter for each example, all stored."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Attach to the layers of `model`, which stays usable without this wrapper."""
+        super().__init__(model, loss_reduction="sum")
+        self.disable_hooks()
+
+    def forward(self, batch: Any) -> Tensor:
+        """What the model gives for `batch`."""
+        self.enable_hooks()
+        result: Tensor = super().forward(batch)
+        return result
+
+    def visitor_gradients(self, loss: Tensor, examples: int, each: int) -> list[VisitorGradients]:
+        """Of all parameters, one by one; see `Engine`."""
+        with warnings.catch_warnings():
+            # Torch says so of layers whose input needs no gradient; their own is right.
+            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+            torch.autograd.backward(loss)
+        self.disable_hooks()
+        result: list[VisitorGradients] = []
+        for name, p in self._module.named_parameters():
+            gradient, p.grad_sample = p.grad_sample, None
+            if not isinstance(gradient, Tensor) or len(gradient) != examples:
+                raise RuntimeError(NOT_PER_VISITOR.format(name))
+            own = gradient.view(examples // each, each, -1).sum(dim=1) if each > 1 else gradient
+            result.append(Kept([(p, own)]))
+        return result
+
+
+ENGINES: dict[str, Callable[[nn.Module], Engine]] = {
+    "bookkeeping": BookKeeping,
+    "opacus": OpacusHooks,
+}
+"""By the name in `privacy.clipping_engine`."""
+
+
+def _check_layer(layer: nn.Module, name: str) -> None:
+    kind = type(layer).__name__
+    if list(layer.buffers(recurse=False)):
+        raise TypeError(f"{name} ({kind}) keeps a buffer, which may mix visitors up: {ADVICE}")
+    if _has_parameters(layer) and type(layer) not in GRADIENTS:
+        raise TypeError(f"{name} ({kind}) has parameters but no known closed form: {ADVICE}")
+    if isinstance(layer, nn.Embedding) and (
+        layer.padding_idx is not None or layer.max_norm is not None or layer.scale_grad_by_freq
+    ):
+        raise TypeError(f"{name} ({kind}) does more than look up: {ADVICE}")
+
+
+def _has_parameters(layer: nn.Module) -> bool:
+    return next(layer.parameters(recurse=False), None) is not None

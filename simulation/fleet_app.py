@@ -1,0 +1,54 @@
+"""The sites of a simulation as the process that runs them sees them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, closing, nullcontext
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+
+from client.app import client_app
+from client.policy import SitePolicy
+from client.site import Site
+from privacy.ledger import Ledger
+from simulation.fleet import Fleet
+
+PARTITION = "partition-id"
+"""Flower's name for the index of a simulated site."""
+
+
+class KeptSites:
+    """Sites that this process alone runs: each is opened once, and stays open until `close`."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._sites: dict[int, Site] = {}
+
+    def app(self) -> ClientApp:
+        """A ClientApp for all of them; which one a message is for, its context says."""
+        return client_app(self._open)
+
+    def close(self) -> None:
+        """Give up their ledgers."""
+        while self._sites:
+            self._sites.popitem()[1].close()
+
+    def _open(self, context: Context) -> AbstractContextManager[Site]:
+        index = int(context.node_config[PARTITION])
+        if index not in self._sites:
+            self._sites[index] = _open_site(self._fleet, index)
+        return nullcontext(self._sites[index])
+
+
+def shared_sites(fleet: Fleet) -> ClientApp:
+    """A ClientApp for sites that other processes run too: each is open for one message."""
+    return client_app(
+        lambda context: closing(_open_site(fleet, int(context.node_config[PARTITION])))
+    )
+
+
+def _open_site(fleet: Fleet, index: int) -> Site:
+    ledger = Ledger(fleet.ledgers / f"{index}.sqlite", durable=False)
+    policy = SitePolicy.of_simulation()
+    seed = (fleet.seed, index)
+    return Site(fleet.open_journeys(index), fleet.spec, policy, ledger, seed)

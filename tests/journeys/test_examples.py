@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from journeys.examples import Examples, concatenate
+
+
+def examples(visitor: list[int] | None, n: int = 5) -> Examples:
+    """n journeys whose label is their row."""
+    return Examples(
+        categorical=np.ones((n, 2, 1), dtype=np.uint16),
+        numeric=np.zeros((n, 2, 1), dtype=np.float32),
+        length=np.ones(n, dtype=np.int32),
+        label=np.arange(n, dtype=np.float32),
+        visitor=None if visitor is None else np.array(visitor, dtype=np.int64),
+    )
+
+
+def test_visitors_are_counted_once() -> None:
+    assert examples(None).visitors == 5
+    assert examples([7, -1, 7, 7, 3]).visitors == 3
+    assert examples([7, -1, 7, 7, 3]).take(np.array([0, 2, 3])).visitors == 1
+    assert examples(None, n=0).visitors == examples([], n=0).visitors == 0
+
+
+def test_rows_by_visitor() -> None:
+    rows, count = examples([7, -1, 7, 7, 3]).by_visitor()
+    assert (rows.tolist(), count.tolist()) == ([1, 4, 0, 2, 3], [1, 1, 3])
+    rows, count = examples(None).by_visitor()
+    assert (rows.tolist(), count.tolist()) == ([0, 1, 2, 3, 4], [1] * 5)
+
+
+@pytest.mark.parametrize("visitor", [None, [7, -1, 7, 7, 3]])
+def test_what_is_opened_is_what_was_saved(tmp_path: Path, visitor: list[int] | None) -> None:
+    saved = examples(visitor)
+    # Over others: nothing of them may stay.
+    examples([1, 1, 1, 1, 1]).save(tmp_path)
+    saved.save(tmp_path)
+    opened = Examples.open(tmp_path)
+    assert opened.visitors == saved.visitors
+    assert (opened.visitor is None) == (visitor is None)
+    for name in ("categorical", "numeric", "length", "label"):
+        np.testing.assert_array_equal(getattr(opened, name), getattr(saved, name))
+    if opened.visitor is not None:
+        np.testing.assert_array_equal(opened.visitor, np.array(visitor))
+
+
+def test_visitors_of_different_parts_are_different() -> None:
+    parts = [examples([7, -1, 7, 7, 3]), examples(None), examples([3, 3, 3, 3, 3])]
+    together = concatenate(parts)
+    assert len(together) == 15
+    assert together.visitors == 3 + 5 + 1
+    _, count = together.by_visitor()
+    assert sorted(count.tolist()) == [1, 1, 1, 1, 1, 1, 1, 3, 5]
+    assert concatenate([examples(None)] * 2).visitor is None
+    assert replace(together, visitor=None).visitors == 15

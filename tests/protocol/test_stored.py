@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
+from protocol.replies import SiteDescription, SiteEvaluation, SiteUpdate, Weights
+from protocol.stored import reply_from_bytes, reply_to_bytes
+
+WEIGHTS: Weights = {
+    "a": np.arange(6, dtype=np.float32).reshape(3, 2).T,
+    "b": np.array([-0.0, 1e-40, np.nan], np.float32),
+    "one number": np.asarray(np.float32(3)),
+    "__metadata": np.zeros((0, 4), np.float32),
+}
+
+
+@pytest.mark.parametrize("epsilon", [0.1 + 0.2, None])
+def test_an_update_comes_back_to_the_last_bit(epsilon: float | None) -> None:
+    back = reply_from_bytes(reply_to_bytes(SiteUpdate("shöp \U0001f600", 3, WEIGHTS, epsilon)))
+    assert isinstance(back, SiteUpdate)
+    assert (back.site, back.round, back.epsilon) == ("shöp \U0001f600", 3, epsilon)
+    assert back.weights.keys() == WEIGHTS.keys()
+    for name, value in WEIGHTS.items():
+        assert back.weights[name].shape == value.shape
+        assert back.weights[name].tobytes() == value.tobytes()
+
+
+@pytest.mark.parametrize("bins", [EXACT, NOISED], ids=["exact", "noised"])
+def test_an_evaluation_comes_back_to_the_last_bit(bins: Bins) -> None:
+    counts = np.random.default_rng(0).normal(0, 1e3, (2, bins.count))
+    back = reply_from_bytes(
+        reply_to_bytes(SiteEvaluation("shop", 3, ScoreHistogram(*counts), 2.5, None))
+    )
+    assert isinstance(back, SiteEvaluation)
+    assert (back.site, back.round, back.noise, back.epsilon) == ("shop", 3, 2.5, None)
+    assert back.histogram.negative.tobytes() == counts[0].tobytes()
+    assert back.histogram.positive.tobytes() == counts[1].tobytes()
+
+
+def test_a_description_comes_back_equal() -> None:
+    told = SiteDescription("shop", 0.1 + 0.2)
+    assert reply_from_bytes(reply_to_bytes(told)) == told
+
+
+def test_the_same_reply_gives_the_same_bytes() -> None:
+    told = SiteUpdate("shop", 3, WEIGHTS, None)
+    assert reply_to_bytes(told) == reply_to_bytes(told)
