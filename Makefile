@@ -9,7 +9,7 @@ simulate: .venv/installed
 	$(BIN)/python simulate.py $(ARGS)
 
 test: .venv/tested
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: .venv/tested
 	$(BIN)/ruff check .

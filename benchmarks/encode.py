@@ -100,7 +100,9 @@ def measure(path: Path) -> dict[str, float]:
         "encode_s": done - decided,
         "total_s": done - begun,
         "examples": len(examples),
-        "examples_bytes": sum(array.nbytes for array in vars(examples).values()),
+        "examples_bytes": sum(
+            a.nbytes for a in vars(examples).values() if isinstance(a, np.ndarray)
+        ),
         # The reader's child has ended before the table is read: the larger of the two counts.
         "peak_bytes": max(
             peak_bytes() - baseline, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

@@ -202,6 +202,7 @@ def direct(fleet: Fleet, config: Config) -> None:
     import numpy as np
 
     from models.registry import build
+    from privacy.randomness import SeededRandomness
     from privacy.training import LocalTraining, Trainer
     from server.rounds import initial_weights
 
@@ -217,7 +218,7 @@ def direct(fleet: Fleet, config: Config) -> None:
                 1 / batches, batches, len(examples) / batches, NOISE, CLIP, config.optimizer
             )
             seed = np.random.SeedSequence(0, spawn_key=(index, round_))
-            trained.append(trainer.train(state, examples, training, seed))
+            trained.append(trainer.train(state, examples, training, SeededRandomness(seed)))
         state.update(mean(trained))
 
     serve(one_round)

@@ -54,16 +54,15 @@ class TouchpointBag(nn.Module):
             return batch.bag
         mask = batch.mask()
         size = len(batch)
-        rows = batch.categorical + self.offsets
         share = mask / batch.length.clamp(min=1).unsqueeze(1)
         newest = (batch.length - 1).clamp(min=0)
         picked = torch.arange(size)
         result = mask.new_zeros(size, self.width)
         bag, last, mean, final, length = torch.split(result, self.widths, dim=1)
-        spread = share.unsqueeze(2).expand(rows.shape)
-        bag.scatter_add_(1, rows.flatten(1), spread.flatten(1))
-        last.scatter_(1, rows[picked, newest], 1.0)
-        torch.sum(batch.numeric * share.unsqueeze(2), dim=1, out=mean)
+        for values, first in zip(batch.categorical.unbind(2), self.offsets.tolist(), strict=True):
+            bag[:, first:].scatter_add_(1, values, share)
+        last.scatter_(1, batch.categorical[picked, newest] + self.offsets, 1.0)
+        mean.copy_(torch.bmm(share.unsqueeze(1), batch.numeric).squeeze(1))
         final.copy_(batch.numeric[picked, newest])
         length.copy_((batch.length.to(mask.dtype).log() / 3.0).unsqueeze(1))
         return result

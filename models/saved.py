@@ -51,7 +51,7 @@ class SavedModel:
         Raises:
             JourneyDataError: The table cannot be used.
         """
-        table = replace(table, features=self.features)
+        table = replace(table, features=self.features, contributions=1)
         touchpoints = read_touchpoints(table)
         decisions = decide(touchpoints, table)
         likelihood = self.score(encode(touchpoints, decisions, table))

@@ -84,7 +84,12 @@ class Products:
         self.parameters = list(layer.parameters())
 
     def norms(self) -> Tensor:
-        """(V,) from the inner products of positions."""
+        """float64 (V,) from the inner products of positions."""
+        if self.inputs.shape[1] == 1 and self.layer.bias is not None:
+            # The bias makes up for what vanishes in the inputs' squares; inf is what overflows.
+            inputs = torch.linalg.vector_norm(self.inputs[:, 0], dim=1).square_().add_(1).sqrt_()
+            own: Tensor = torch.linalg.vector_norm(self.outputs[:, 0], dim=1, dtype=torch.float64)
+            return own.mul_(inputs)
         inputs, outputs = _inner_products(self.inputs), _inner_products(self.outputs)
         if self.layer.bias is not None:
             inputs += 1
@@ -110,7 +115,7 @@ class Lookups:
         self.parameters = list(table.parameters())
 
     def norms(self) -> Tensor:
-        """(V,) from the inner products of positions and how many indices they have in common."""
+        """float64 (V,) from inner products and how many indices two positions have in common."""
         size, positions, columns = self.indices.shape
         flat = self.indices.flatten(1)
         equal = flat.unsqueeze(2) == flat.unsqueeze(1)
@@ -215,22 +220,22 @@ def _inner_products(x: Tensor) -> Tensor:
 
 
 def _norms(inputs: Tensor, outputs: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
-    """`dtype` (V,) from inner products: the norm, plus what the sum of `terms` may round.
+    """float64 (V,) from inner products: the norm, plus what the sum of `terms` may round.
 
     The parts of several positions may cancel in the norm more exactly than in the sum, where each
     addition is off by up to `dtype`'s rounding x the norms of all parts. Infinite where an input
     is beyond `LARGEST_NORM`.
     """
-    if inputs.shape[1] == 1 and terms == 1:
-        sizes = inputs.flatten()
-        norms = (outputs.flatten() * sizes).sqrt_()
+    if terms == 1:
+        sizes = inputs.view(-1)
+        norms = (outputs.view(-1) * sizes).sqrt_()
     else:
         sizes = inputs.diagonal(dim1=1, dim2=2)
         apart = (sizes * outputs.diagonal(dim1=1, dim2=2)).sqrt_().sum(dim=1)
         norms = (outputs * inputs).sum((1, 2)).clamp_(min=0).sqrt_()
         norms += (terms + 2) * torch.finfo(dtype).eps * apart
         sizes = sizes.amax(dim=1)
-    return norms.masked_fill(sizes > LARGEST_NORM**2, math.inf).to(dtype)
+    return norms.masked_fill_(sizes > LARGEST_NORM**2, math.inf)
 
 
 def _without(x: Tensor, broken: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
-from privacy.gradients import VisitorGradients, together
+from privacy.gradients import LARGEST_NORM, VisitorGradients, together
 from privacy.randomness import NORMAL_GRID, Randomness
 
 SMALLEST_CLIPPING_NORM = 1e-10
@@ -73,13 +73,16 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
             expected_batch_size=expected_batch_size,
         )
         self._randomness = randomness
-        self._sizes = [p.numel() for p in self.params]
+        self._parameters = list(self.params)
+        self._sizes = [p.numel() for p in self._parameters]
         self._deviation = noise_multiplier * clipping_norm
         # Two sums move apart by up to this when they are rounded to the noise's grid.
         rounding = self._deviation * NORMAL_GRID * math.sqrt(sum(self._sizes))
         if not rounding <= clipping_norm / 2:
             raise ValueError(f"noise_multiplier={noise_multiplier}: too large for this model")
-        self._largest_norm = clipping_norm - rounding
+        # In whatever order it is summed, a norm of n numbers is off by less than this share.
+        share = sum(self._sizes) * torch.finfo(self._parameters[0].dtype).eps / 2
+        self._largest_norm = (clipping_norm - rounding) / (1 + share)
         self._sum = self._nothing()
 
     def clip_and_accumulate(self, gradients: Sequence[VisitorGradients]) -> None:
@@ -92,33 +95,30 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
             RuntimeError: A parameter has no gradient, or has two.
         """
         norms = together([g.norms() for g in gradients])
-        broken = ~norms.isfinite()
-        if broken.any():
-            gradients = [g.without(broken) for g in gradients]
-        # In whatever order it is summed, a norm of n numbers is off by less than this share.
-        rounding = sum(self._sizes) * torch.finfo(norms.dtype).eps / 2
-        factors = self._largest_norm / (norms * (1 + rounding))
-        factors = factors.clamp(max=1.0).masked_fill(broken, 0.0)
+        sound = norms <= LARGEST_NORM
+        if not sound.all():
+            gradients = [g.without(~sound) for g in gradients]
+            norms = norms.masked_fill(~sound, math.inf)
+        factors = (self._largest_norm / norms).clamp_(max=1.0).to(self._sum.dtype)
 
         sums = [part for g in gradients for part in g.weighted_sums(factors)]
         by_parameter = dict(sums)
-        if len(sums) != len(self._sizes) or set(by_parameter) != set(self.params):
+        if len(sums) != len(self._sizes) or set(by_parameter) != set(self._parameters):
             raise RuntimeError("each parameter needs exactly one gradient a visitor")
-        self._sum += torch.cat([by_parameter[p].flatten() for p in self.params])
+        self._sum += torch.cat([by_parameter[p].flatten() for p in self._parameters])
 
     def add_noise(self) -> None:
         """Add noise of deviation multiplier x C to the sum, both on the grid of the noise."""
         if self._deviation > 0:
-            units = (
-                (self._sum.double() / (self._deviation * NORMAL_GRID)).round_().mul_(NORMAL_GRID)
-            )
-            units += torch.from_numpy(self._randomness.normal(len(units)))
-            self._sum = units.mul_(self._deviation)
+            unit = self._deviation * NORMAL_GRID
+            units = (self._sum.double() / unit).round_()
+            noise = torch.from_numpy(self._randomness.normal(len(units)))
+            self._sum = units.add_(noise, alpha=1 / NORMAL_GRID).mul_(unit)
 
     def scale_grad(self) -> None:
         """Set each parameter's gradient to its part of the sum / the expected batch size."""
-        gradient = (self._sum / self.expected_batch_size).to(self.params[0].dtype)
-        for p, part in zip(self.params, torch.split(gradient, self._sizes), strict=True):
+        gradient = (self._sum / self.expected_batch_size).to(self._parameters[0].dtype)
+        for p, part in zip(self._parameters, torch.split(gradient, self._sizes), strict=True):
             p.grad = part.view_as(p)
         self._sum = self._nothing()
 
@@ -129,4 +129,4 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
         return True
 
     def _nothing(self) -> Tensor:
-        return torch.zeros(sum(self._sizes), dtype=self.params[0].dtype)
+        return torch.zeros(sum(self._sizes), dtype=self._parameters[0].dtype)

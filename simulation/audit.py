@@ -9,6 +9,7 @@ training (see `privacy.membership`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -127,8 +128,14 @@ def audit_builds(
     `done` is called with the builds finished and their number.
 
     Raises:
-        SettingError: The config claims no privacy.
+        SettingError: The config claims no privacy, or the site has too few visitors.
     """
+    fewest = math.ceil(1 / FALSE_POSITIVE_RATE)
+    if len(journeys.train) + len(journeys.holdout) < 4 * fewest:
+        raise SettingError(
+            f"data: {journeys.name} has {len(journeys.train) + len(journeys.holdout)} visitors; an "
+            f"audit needs {4 * fewest}"
+        )
     torch.set_num_threads(1)
     site = _site(config, journeys, canaries)
     findings = []
@@ -156,12 +163,18 @@ def _judge(config: Config, site: _Site, build: Build, number: int) -> Finding:
 
     weights, _ = _train(config, site, site.own, build, None, seeds[2])
     membership = infer_membership(
-        _surety(config, site, weights, site.own),
+        _surety(config, site, weights, _one_each(site.own)),
         _surety(config, site, weights, site.held_out),
         np.random.default_rng(seeds[3]),
     )
     allowed = largest_true_positive_rate(FALSE_POSITIVE_RATE, claimed, _promise(config).delta)
     return Finding(build.name, claimed, white_box, black_box, membership, allowed)
+
+
+def _one_each(examples: Examples) -> Examples:
+    """The first example of each visitor."""
+    rows, count = examples.by_visitor()
+    return examples.take(rows[np.cumsum(count) - count])
 
 
 def _bound(config: Config, site: _Site, scores: npt.NDArray[np.floating]) -> float:

@@ -18,7 +18,7 @@ class Fleet:
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    """Visitors to train on at each site."""
+    """Examples to train on at each site."""
     spec: FeatureSpec
     seed: int
     journeys: Path

@@ -126,8 +126,8 @@ def _configured(
     optimizer = replace(config.optimizer, learning_rate=config.optimizer.learning_rate * factor)
     if approach.joined == "union":
         # As many steps as the site that takes the most: the same budget, on more journeys.
-        largest = max(len(site.train) for site in sites)
-        pooled = sum(len(site.train) for site in sites)
+        largest = max(site.train.visitors for site in sites)
+        pooled = sum(site.train.visitors for site in sites)
         steps = max(1.0, largest / optimizer.batch_size) * optimizer.local_epochs
         optimizer = replace(optimizer, local_epochs=steps / max(1, pooled / optimizer.batch_size))
     runtime = replace(config.runtime, name="local", workers=0)
@@ -161,8 +161,11 @@ def _union(sites: list[SiteJourneys]) -> SiteJourneys:
 
 def _set_apart(site: SiteJourneys, seed: int) -> SiteJourneys:
     """The site's training visitors, some of them as the holdout; the true holdout stays unseen."""
-    held = np.random.default_rng(seed).random(len(site.train)) < VALIDATION
-    return SiteJourneys(site.name, site.train.take(~held), site.train.take(held))
+    rows, count = site.train.by_visitor()
+    held = np.random.default_rng(seed).random(len(count)) < VALIDATION
+    first = rows[np.cumsum(count) - count]
+    stay = rows[~np.repeat(held, count)]
+    return SiteJourneys(site.name, site.train.take(stay), site.train.take(first[held]))
 
 
 def _score(config: Config, models: list[Weights], sites: list[SiteJourneys]) -> Scored:

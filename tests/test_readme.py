@@ -14,6 +14,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from client.policy import SitePolicy
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RUN_FOLDER = "runs/2026-11-24_16-00-00"
@@ -22,6 +24,7 @@ RUN_FOLDER = "runs/2026-11-24_16-00-00"
 FASTER = {
     "synthetic": ["data.sites=2", "data.visitors=150", "rounds=2", "optimizer.local_epochs=1"],
     "table": ["rounds=2", "optimizer.local_epochs=1"],
+    "audit": ["data.sites=1", "data.visitors=400", "rounds=2", "optimizer.local_epochs=1"],
 }
 
 
@@ -75,14 +78,20 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
-    assert words[:2] == ["python", "simulate.py"], command
-    arguments = words[2:]
-    if not any(word.startswith("resume=") for word in arguments):
-        table = any(word.startswith("data=") for word in arguments)
-        arguments += FASTER["table" if table else "synthetic"]
+    if words[:3] == ["python", "-m", "client"]:
+        words = [sys.executable, *words[1:]]
+    else:
+        assert words[:2] == ["python", "simulate.py"], command
+        arguments = words[2:]
+        if not any(word.startswith("resume=") for word in arguments):
+            table = any(word.startswith("data=") for word in arguments)
+            audit = "experiment=audit" in arguments
+            arguments += FASTER["audit" if audit else "table" if table else "synthetic"]
+        words = [sys.executable, str(ROOT / "simulate.py"), *arguments]
     return subprocess.run(
-        [sys.executable, str(ROOT / "simulate.py"), *arguments],
+        words,
         cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -109,12 +118,17 @@ def test_a_command_of_the_readme_works(command: str, workplace: Path, interrupte
         pytest.importorskip("ray", reason="needs Ray: pip install -e '.[simulation]'")
     ended = run(command, workplace)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    if "-m client" in command:
+        assert "0.sqlite" in ended.stdout or "epsilon" in ended.stdout
+        return
     report = Path(re.findall(r"^report: (.+)$", ended.stdout, flags=re.MULTILINE)[-1])
     assert (workplace / report).read_text().startswith("<!doctype html>")
     if "--multirun" in command:
         assert len(list((workplace / report).parent.glob("*/summary.json"))) == 6
     elif "worth_joining" in command:
         assert len(json.loads((workplace / report).with_name("comparison.json").read_text())) == 6
+    elif "audit" in command:
+        assert len(json.loads((workplace / report).with_name("audit.json").read_text())) == 7
     else:
         folder = (workplace / report).parent
         for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "model.json"):
@@ -153,3 +167,9 @@ def test_files_that_the_readme_links_exist() -> None:
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_the_policy_of_the_readme_is_one(tmp_path: Path) -> None:
+    (policy,) = blocks("yaml")
+    (tmp_path / "policy.yaml").write_text(policy)
+    assert SitePolicy.load(tmp_path / "policy.yaml").run_epsilon == 3.0

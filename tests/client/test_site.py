@@ -361,9 +361,9 @@ def untouched(tmp_path: Path, policy: SitePolicy | None = None) -> Site:
 def test_a_round_outside_the_run_is_refused_unread(
     tmp_path: Path, weights: Weights, round_: int
 ) -> None:
-    with closing(untouched(tmp_path)) as site:
-        with pytest.raises(PlanRefused, match=f"round={round_}: must be 1 to rounds=4"):
-            site.train(of_round(round_), weights)
+    message = f"round={round_}: must be 1 to rounds=4"
+    with closing(untouched(tmp_path)) as site, pytest.raises(PlanRefused, match=message):
+        site.train(of_round(round_), weights)
 
     assert entries(tmp_path) == []
 

@@ -267,8 +267,10 @@ def test_help_names_the_groups(tmp_path: Path) -> None:
     ran = simulate(tmp_path, "--help")
     assert ran.returncode == 0
     for group in GROUPS:
-        choices = sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml"))
-        assert f"{group}: {', '.join(choices)}" in ran.stdout
+        assert f"\n{group}=\n" in ran.stdout
+        for file in (ROOT / "conf" / group).glob("*.yaml"):
+            (line,) = [s for s in ran.stdout.splitlines() if s.startswith(f"  {file.stem} ")]
+            assert len(line.split()) > 1
     assert list(tmp_path.iterdir()) == []
 
 

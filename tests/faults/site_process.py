@@ -420,7 +420,8 @@ class Watched:
         process.kill()
         if self._asked is not None:
             self._process = process
-            with suppress(EOFError):
+            # Reset, not ended, is a pipe whose question nobody had read.
+            with suppress(EOFError, ConnectionResetError):
                 while True:
                     self.hear()
             self._process = None

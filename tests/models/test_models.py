@@ -27,8 +27,9 @@ from conf.schema import (
 )
 from journeys.examples import Examples
 from journeys.features import FeatureSpec, feature_spec
+from models.attention import Block
 from models.batch import JourneyBatch, to_batch
-from models.embedding import TouchpointBag
+from models.embedding import TouchpointBag, newest
 from models.registry import build
 from models.score import logits
 from models.weights import get_weights, set_weights
@@ -217,6 +218,16 @@ def test_attention_sees_no_later_touchpoint() -> None:
             (seen,) = torch.autograd.grad(block(sequence)[:, step].sum(), sequence)
             assert not seen[:, step + 1 :].any()
             assert (seen[:, : step + 1].abs().sum(dim=2) > 0).all()
+
+
+def test_the_newest_touchpoint_alone_is_what_it_is_among_all() -> None:
+    model = new(CONFIGS[3]).double()
+    batch = doubled(some_journeys([1, 6, 3, 6]))
+    sequence = torch.randn(4, 6, 6, dtype=torch.float64)
+    for block in model.modules():
+        if isinstance(block, Block):
+            expected = newest(block(sequence), batch)
+            torch.testing.assert_close(block.newest(sequence, batch), expected)
 
 
 @each_model

@@ -168,20 +168,20 @@ def test_a_parameter_without_gradient_or_with_two_is_refused() -> None:
     optimizer.clip_and_accumulate([second, first])
 
 
-@pytest.mark.parametrize("noise_multiplier", [0.5, 3.0])
+@pytest.mark.parametrize("noise_multiplier", [0.5, 3.0, 5000.0])
 def test_the_sum_is_on_the_noise_s_grid_and_the_clipping_makes_room_for_it(
     noise_multiplier: float,
 ) -> None:
-    size, grid = 50_000, noise_multiplier * NORMAL_GRID
+    size, grid = 100, noise_multiplier * NORMAL_GRID
     optimizer = optimizer_over((size,), noise_multiplier=noise_multiplier)
     optimizer._randomness = Silent()
     accumulate(optimizer, torch.randn(1, size, generator=torch.Generator().manual_seed(0)))
+    # Rounding two neighbours' sums moves them apart by up to the grid in each coordinate.
+    assert norm(optimizer._sum) + grid * math.sqrt(size) <= 1 + 1e-7
     optimizer.step()
     added = -optimizer.params[0].detach().double()
     assert (added / grid - (added / grid).round()).abs().max() < 1e-2
-    # A second visitor may move each of the roundings by a whole unit of the grid.
-    assert norm(added) + grid * math.sqrt(size) <= 1 + grid * math.sqrt(size) / 2 + 1e-6
-    assert norm(added) > 0.99
+    assert norm(added) > 0.93
 
 
 class Silent:
