@@ -65,7 +65,7 @@ class Block(nn.Module):
         """float32 (B, width): of `forward`'s result the row of each journey's newest touchpoint."""
         query, key, value = self._query_key_value(sequence)
         steps = torch.arange(sequence.shape[1])
-        later = steps >= (batch.length + 1).unsqueeze(1)
+        later = steps >= batch.length.clamp(min=1).unsqueeze(1)
         scores = (newest(query, batch).unsqueeze(1) * key).sum(dim=3) / query.shape[3] ** 0.5
         weights = scores.masked_fill(later.unsqueeze(2), float("-inf")).softmax(dim=1)
         seen = (weights.unsqueeze(3) * value).sum(dim=1).flatten(1)

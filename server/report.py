@@ -251,7 +251,9 @@ def _plots(
 ) -> list[tuple[str, str]]:
     baselines = {line["name"]: _number(line["roc_auc"]) for line in summary["baselines"]}
     pictures = []
-    for key, label, levels in [("roc_auc", "ROC-AUC", baselines), ("log_loss", "Log-loss", {})]:
+    # What is this model's is of its last round alone.
+    fixed = {name: auc for name, auc in baselines.items() if not name.startswith("this model")}
+    for key, label, levels in [("roc_auc", "ROC-AUC", fixed), ("log_loss", "Log-loss", {})]:
         title = f"{label} over rounds"
         curves = _curves(evaluations, summary["sites"], key)
         overall = [_number(record["global"][key]) for record in evaluations]
