@@ -24,6 +24,7 @@ from privacy.accountant import PrivacyEvent, epsilon
 from privacy.calibration import UnreachableTargetError, noise_multiplier
 from privacy.ledger import Answer, Ledger, LedgerConflictError, Release, Request
 from privacy.mechanisms import GaussianCount, GaussianHistogram
+from privacy.projection import affordable_rounds, epsilon_after
 from privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from privacy.training import LocalTraining, Trainer
 from protocol.plan import RoundPlan
@@ -92,6 +93,7 @@ class Site:
 
         description = self._release("describe", plan, None, release, count)
         self._policy.check_visitors(description.visitors, plan)
+        self._check_whole_run(plan, description.visitors)
         self._described = (plan, description)
         return description
 
@@ -130,6 +132,26 @@ class Site:
             return SiteEvaluation(self.name, plan.round, histogram, mechanism.noise, told)
 
         return self._release("evaluate", plan, weights, release, evaluation)
+
+    def _check_whole_run(self, plan: RoundPlan, visitors: float) -> None:
+        """Refuse at its start a run that would run out of budget before its end."""
+        budget, delta = self._policy.epsilon, self._policy.delta
+        if budget == math.inf:
+            return
+        each = [local_training(plan, visitors).event]
+        before = [
+            release.event
+            for entry in self._ledger.entries()
+            for release in entry.request.releases
+            if release.population == "train"
+            and (entry.request.run != _run(plan) or release.name == "count")
+        ]
+        if epsilon_after(plan.rounds, each, before, delta) > budget:
+            left = affordable_rounds(each, before, budget, delta, at_most=plan.rounds)
+            raise PlanRefused(
+                f"rounds={plan.rounds}: what is left of this site's budget lasts for {left} "
+                "(policy: epsilon)"
+            )
 
     def _release(
         self,

@@ -467,6 +467,23 @@ def test_promise_11_with_the_budget_gone_no_journey_is_read(
     assert len(entries(tmp_path)) == 1 + ROUNDS
 
 
+def test_a_run_that_would_run_out_of_budget_is_refused_at_its_start(
+    tmp_path: Path, weights: Weights
+) -> None:
+    with closing(a_site(tmp_path, policy=POLICY, seed=None)) as site:
+        list(train_all(site, weights, PROMISE))
+    other = replace(PLAN, run="another")
+
+    policy = replace(POLICY, epsilon=2.5)
+    message = r"rounds=4: what is left .* lasts for [123] \("
+    opened = a_site(tmp_path, policy=policy, seed=None)
+    with closing(opened) as site, pytest.raises(PlanRefused, match=message):
+        site.describe(other)
+
+    assert asked(tmp_path)[-1] == ("describe", 0)
+    assert len(entries(tmp_path)) == 2 + ROUNDS
+
+
 def test_promise_14_a_plan_that_changes_within_a_run_is_refused(
     tmp_path: Path, real_site: Site, weights: Weights
 ) -> None:
