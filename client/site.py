@@ -211,9 +211,9 @@ def local_training(plan: RoundPlan, visitors: float) -> LocalTraining:
     """
     batches = max(1, round(visitors / plan.optimizer.batch_size))
     steps = max(1, round(plan.optimizer.local_epochs * batches))
-    noise, clipping_norm = 0.0, math.inf
+    noise, clipping_norm, engine = 0.0, math.inf, "bookkeeping"
     if isinstance(plan.privacy, VisitorDP):
-        clipping_norm = plan.privacy.clipping_norm
+        clipping_norm, engine = plan.privacy.clipping_norm, plan.privacy.clipping_engine
         count = GaussianCount(plan.privacy.count_noise).event
         noise = _calibrated(plan.privacy, 1 / batches, steps * plan.rounds, count)
     return LocalTraining(
@@ -223,6 +223,7 @@ def local_training(plan: RoundPlan, visitors: float) -> LocalTraining:
         noise_multiplier=noise,
         clipping_norm=clipping_norm,
         optimizer=plan.optimizer,
+        clipping_engine=engine,
         proximal_mu=plan.proximal_mu,
     )
 

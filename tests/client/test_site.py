@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from client.policy import PlanRefused, SitePolicy
-from client.site import Site
+from client.site import Site, local_training
 from conf.schema import (
     FeatureConfig,
     LogisticConfig,
@@ -274,6 +274,19 @@ def test_unprotected_training_learns_and_has_no_epsilon(
     assert [update.epsilon for update in updates] == [None] * ROUNDS
     ledger = Ledger(tmp_path / "ledger.sqlite", read_only=True)
     assert ledger.epsilon(1e-5) == math.inf
+
+
+def test_either_clipping_engine_trains_the_same_model(tmp_path: Path, weights: Weights) -> None:
+    assert {local_training(of_round(1), 200.0).clipping_engine} == {"bookkeeping"}
+    models = []
+    for engine in ("bookkeeping", "opacus"):
+        plan = of_round(1, replace(PROMISE, clipping_engine=engine))
+        assert local_training(plan, 200.0).clipping_engine == engine
+        with closing(a_site(tmp_path / engine)) as site:
+            models.append(site.train(plan, weights).weights)
+
+    for name in weights:
+        np.testing.assert_allclose(models[0][name], models[1][name], atol=1e-4)
 
 
 def test_fedprox_pulls_towards_the_rounds_model(tmp_path: Path, weights: Weights) -> None:
