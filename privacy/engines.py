@@ -111,10 +111,13 @@ class OpacusHooks(GradSampleModule):  # type: ignore[misc]
     def __init__(self, model: nn.Module) -> None:
         """Attach to the layers of `model`, which stays usable without this wrapper."""
         super().__init__(model, loss_reduction="sum")
-        self.disable_hooks()
+        # Attached for a forward and a backward pass alone: another engine may have its turn.
+        self.remove_hooks()
 
     def forward(self, batch: Any) -> Tensor:
         """What the model gives for `batch`."""
+        self.remove_hooks()
+        self.add_hooks(loss_reduction="sum")
         self.enable_hooks()
         result: Tensor = super().forward(batch)
         return result
@@ -125,7 +128,7 @@ class OpacusHooks(GradSampleModule):  # type: ignore[misc]
             # Torch says so of layers whose input needs no gradient; their own is right.
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
             torch.autograd.backward(loss)
-        self.disable_hooks()
+        self.remove_hooks()
         result: list[VisitorGradients] = []
         for name, p in self._module.named_parameters():
             gradient, p.grad_sample = p.grad_sample, None

@@ -41,6 +41,8 @@ class Federation:
         self._names: dict[int, str] = {}
         self.descriptions: dict[str, SiteDescription] = {}
         """By site name, in the order in which everything is listed and summed."""
+        self.absent: list[SiteFailure] = []
+        """Who was asked to join and did not, and why; by node, as they have not said a name."""
 
     def join(self, plan: RoundPlan, expected: int, needed: int, timeout: float) -> None:
         """Wait for `expected` sites and ask each who it is; go on with `needed` of them.
@@ -67,6 +69,7 @@ class Federation:
                 f"needed{_first_reason(answers.values())}; start the missing sites or lower "
                 "strategy.quorum"
             )
+        self.absent = [a for a in answers.values() if isinstance(a, SiteFailure)]
         order = sorted(described, key=lambda node: natural_order(described[node].site))
         self._names = {node: described[node].site for node in order}
         self.descriptions = {described[node].site: described[node] for node in order}

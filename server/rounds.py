@@ -68,7 +68,11 @@ def run_rounds(
         # 4. Put it on record.
         seconds = time.monotonic() - started
         delta = config.privacy.delta if isinstance(config.privacy, VisitorDP) else None
-        report(RoundReport(round_, completed, reason, seconds, delta, sound, failed))
+        report(
+            RoundReport(
+                round_, completed, reason, seconds, delta, sound, [*failed, *federation.absent]
+            )
+        )
         if round_ in evaluated_after(config) and round_ < config.rounds:
             report(_evaluate(federation, plan, weights, config))
         save_checkpoint(
@@ -117,7 +121,7 @@ def _evaluate(
     answers = federation.evaluate(plan, weights, config.strategy.round_timeout_s)
     evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
     failures = [answer for answer in answers if isinstance(answer, SiteFailure)]
-    return EvaluationReport(plan.round, evaluations, failures)
+    return EvaluationReport(plan.round, evaluations, [*failures, *federation.absent])
 
 
 def _site_weights(federation: Federation, config: Config) -> dict[str, float]:

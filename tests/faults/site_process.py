@@ -16,9 +16,12 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext, suppress
@@ -198,6 +201,28 @@ def serve(connection: Connection, folder: str, node: int, readable: bool) -> Non
     site.close()
 
 
+def fork_sites(control: socket.socket) -> None:
+    """Fork a process for each site that `control` asks for, until it closes."""
+    while True:
+        request, descriptors, *_ = socket.recv_fds(control, 4096, 1)
+        if not request:
+            return
+        asked = json.loads(request)
+        if "wait" in asked:
+            pid, _ = os.waitpid(asked["wait"], 0)
+        elif pid := os.fork():
+            os.close(descriptors[0])
+        else:
+            control.close()
+            try:
+                serve(Connection(descriptors[0]), **asked)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        control.send(str(pid).encode())
+
+
 def _announce(reach: Callable[[str, str], None], run: Callable[[str, PrivacyEvent], None]) -> None:
     """Have this process's ledger and mechanisms say where they are, and what they do."""
     kind, steps = "", 0
@@ -311,36 +336,50 @@ def _examples(n: int, seed: int) -> Examples:
 # ------------------------------------------------------------------ the test's side
 
 
+class Forks:
+    """A process that has imported all that a site needs, and forks one process a site at once."""
+
+    def __init__(self, code: Path = ROOT) -> None:
+        """Run the code that lies in the folder `code`, in that folder."""
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.faults.site_process", str(theirs.fileno())],
+                cwd=code,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def __enter__(self) -> Forks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+    def start(self, folder: Path, *, node: int = 1, readable: bool = True) -> SiteProcess:
+        """Fork a process that runs `serve`."""
+        connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            arguments = {"folder": str(folder), "node": node, "readable": readable}
+            pid = self._ask(arguments, theirs.fileno())
+        return SiteProcess(self, connection, pid)
+
+    def wait(self, pid: int) -> None:
+        """Return when a process that was forked is gone."""
+        self._ask({"wait": pid})
+
+    def _ask(self, request: dict[str, object], *descriptors: int) -> int:
+        socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
+        return int(self._control.recv(64))
+
+
 class SiteProcess:
     """The process of a site, as the test sees it."""
 
-    def __init__(
-        self, folder: Path, *, node: int = 1, readable: bool = True, bundle: Path | None = None
-    ) -> None:
-        """Start it; with `bundle`, from the code in that folder, and in it."""
-        self._kill: Callable[[], None]
-        self._wait: Callable[[], object]
-        self.connection, theirs = multiprocessing.Pipe()
-        if bundle is None:
-            # All fork from one process that has imported this module, and what torch imports
-            # when it makes its first optimizer.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__, "torch._dynamo"])
-            process = context.Process(
-                target=serve, args=(theirs, str(folder), node, readable), daemon=True
-            )
-            process.start()
-            self._kill, self._wait = process.kill, process.join
-        else:
-            arguments = [str(theirs.fileno()), str(folder), str(node)]
-            started = subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.site_process", *arguments],
-                cwd=bundle,
-                env={**os.environ, "PYTHONPATH": str(bundle)},
-                pass_fds=[theirs.fileno()],
-            )
-            self._kill, self._wait = started.kill, started.wait
-        theirs.close()
+    def __init__(self, forks: Forks, connection: Connection, pid: int) -> None:
+        self._forks, self._pid = forks, pid
+        self.connection = connection
         self.opened = self.hear()
 
     def send(self, ask: Ask) -> None:
@@ -355,20 +394,22 @@ class SiteProcess:
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
-        self._kill()
-        self._wait()
+        os.kill(self._pid, signal.SIGKILL)
+        self._forks.wait(self._pid)
 
     def end(self) -> None:
         """Let it close the site and end."""
         self.connection.close()
-        self._wait()
+        self._forks.wait(self._pid)
 
 
 class Watched:
     """A site over all its processes: what was asked of it, what ran, and what left."""
 
-    def __init__(self, folder: Path, epsilon: float) -> None:
+    def __init__(self, folder: Path, forks: Forks, epsilon: float) -> None:
+        """A new site in `folder`, which allows `epsilon` in all."""
         self.folder = folder
+        self.forks = forks
         self.ledger = folder / "ledger.sqlite"
         self.ran: defaultdict[tuple[str, str, int], list[PrivacyEvent]] = defaultdict(list)
         """What was done with journeys, by (run, kind, round)."""
@@ -377,11 +418,15 @@ class Watched:
         self._process: SiteProcess | None = None
         self._asked: Ask | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "policy.yaml").write_text(POLICY.format(epsilon=epsilon))
+        self.allow(epsilon)
+
+    def allow(self, epsilon: float) -> None:
+        """Write the site's policy, with another budget."""
+        (self.folder / "policy.yaml").write_text(POLICY.format(epsilon=epsilon))
 
     def start(self, **how: Any) -> dict[str, Any]:
         """Start a process; what it says first."""
-        self._process = SiteProcess(self.folder, **how)
+        self._process = self.forks.start(self.folder, **how)
         return self._process.opened
 
     def ask(self, kind: str, round_: int = 0, **more: Any) -> dict[str, Any]:
@@ -466,5 +511,7 @@ class Watched:
 
 
 if __name__ == "__main__":
-    pipe, where, number = sys.argv[1:]
-    serve(Connection(int(pipe)), where, int(number), True)
+    # torch imports it when it makes its first optimizer, which takes a second.
+    import torch._dynamo
+
+    fork_sites(socket.socket(fileno=int(sys.argv[1])))

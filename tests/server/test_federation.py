@@ -272,6 +272,7 @@ def test_a_site_that_did_not_join_is_not_asked_to_train() -> None:
 
     assert list(answers) == ["a", "b"]
     assert list(federation.descriptions) == ["a", "b"]
+    assert federation.absent == [SiteFailure("node 20", "refused", "privacy: too weak")]
 
 
 def test_all_are_asked_and_listed_in_the_order_of_names() -> None:

@@ -48,6 +48,7 @@ class FakeFederation:
         self.descriptions = {
             s: SiteDescription(s, count) for s, count in zip(SITES, self.counts, strict=True)
         }
+        self.absent: list[SiteFailure] = []
         self.joined: tuple[int, int, float] | None = None
         self.plans: list[RoundPlan] = []
 
@@ -275,6 +276,20 @@ def test_with_no_sound_update_at_all_the_run_goes_on(tmp_path: Path) -> None:
 
     assert [line["completed"] for line in rounds(tmp_path)] == [False, True, True]
     assert rounds(tmp_path)[0]["epsilon"] is None
+
+
+def test_who_did_not_join_is_named_in_every_record(tmp_path: Path) -> None:
+    fake = FakeFederation()
+    fake.absent = [SiteFailure("node 9", "refused", "privacy.epsilon=9: at most 3")]
+
+    run(fake, settings(), tmp_path)
+
+    told = {"outcome": "refused", "reason": "privacy.epsilon=9: at most 3"}
+    for line in lines(tmp_path):
+        if line["kind"] == "round":
+            assert line["sites"]["node 9"] == {**told, "epsilon": None}
+        else:
+            assert line["failures"]["node 9"] == told
 
 
 @pytest.mark.parametrize(("quorum", "needed"), [("0.5", 2), ("0.51", 3), ("1", 4), ("0.01", 1)])
