@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import Message, MessageType
@@ -42,7 +43,7 @@ class Federation:
         self.descriptions: dict[str, SiteDescription] = {}
         """By site name, in the order in which everything is listed and summed."""
         self.absent: list[SiteFailure] = []
-        """Who was asked to join and did not, and why; by node, as they have not said a name."""
+        """Who was asked to join and did not, and why; by node where no name of its own is known."""
 
     def join(self, plan: RoundPlan, expected: int, needed: int, timeout: float) -> None:
         """Wait for `expected` sites and ask each who it is; go on with `needed` of them.
@@ -69,7 +70,11 @@ class Federation:
                 f"needed{_first_reason(answers.values())}; start the missing sites or lower "
                 "strategy.quorum"
             )
-        self.absent = [a for a in answers.values() if isinstance(a, SiteFailure)]
+        self.absent = [
+            replace(a, site=f"node {node}") if a.site in names else a
+            for node, a in answers.items()
+            if isinstance(a, SiteFailure)
+        ]
         order = sorted(described, key=lambda node: natural_order(described[node].site))
         self._names = {node: described[node].site for node in order}
         self.descriptions = {described[node].site: described[node] for node in order}
@@ -125,7 +130,8 @@ class Federation:
         except WireError as error:
             return SiteFailure(name, "dropped", str(error))
         if isinstance(reply, SiteRefusal):
-            return SiteFailure(name, "refused", reply.reason)
+            # Who refuses to join has no other name than the one that it says.
+            return SiteFailure(reply.site if plan.round == 0 else name, "refused", reply.reason)
         if not isinstance(reply, expected):
             return SiteFailure(name, "dropped", f"answered with a {type(reply).__name__}")
         if isinstance(reply, SiteUpdate | SiteEvaluation):

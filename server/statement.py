@@ -22,7 +22,7 @@ def privacy_statement(config: Config, epsilon: float | None) -> list[str]:
     return [
         f"Each visitor's journey is protected by differential privacy with epsilon {epsilon:.3f} "
         f"at delta {promise.delta:g}, over all rounds together and at each site.",
-        "It means: whatever someone concludes from the model, they would have concluded almost as "
+        "It means: whatever anyone concludes from the model, they would have concluded almost as "
         "likely had the visitor never been there. The odds of any conclusion about a visitor "
         f"change by at most a factor of {_factor(epsilon)}, except with probability about "
         f"{promise.delta:g}.",

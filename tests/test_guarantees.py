@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from conf.compose import load
+from server.statement import privacy_statement
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "guarantees.md").read_text()
 ROWS = re.findall(r"^\| *(\d*) \|.*\| \[.*\]\(\.\./(tests/.*)\): (.*) \|$", TEXT, re.MULTILINE)
@@ -23,3 +26,18 @@ def test_every_promise_has_its_test(file: str, names: str) -> None:
     assert tests
     for name in tests:
         assert f"\ndef {name}(" in source
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "whatever anyone concludes from the model, they would have concluded almost as likely had "
+        "the visitor never been there",
+        "The odds of any conclusion about a visitor change by at most a factor of",
+        "the losses of the sites add up",
+    ],
+)
+def test_the_report_says_what_the_guarantees_say(words: str) -> None:
+    statement = " ".join(privacy_statement(load([]), 3.0))
+    assert words in statement
+    assert words in " ".join(TEXT.split()).replace("**A visitor of several sites** is", "is")

@@ -272,6 +272,14 @@ def test_a_site_that_did_not_join_is_not_asked_to_train() -> None:
 
     assert list(answers) == ["a", "b"]
     assert list(federation.descriptions) == ["a", "b"]
+    assert federation.absent == [SiteFailure("shy", "refused", "privacy: too weak")]
+
+
+def test_who_refuses_to_join_cannot_take_anothers_name() -> None:
+    refuses: Answer = lambda m, _: [reply(m, SiteRefusal("a", 0, "privacy: too weak"))]  # noqa: E731
+    federation = joined(good("b"), refuses, good("a"), needed=2)
+
+    assert list(federation.descriptions) == ["a", "b"]
     assert federation.absent == [SiteFailure("node 20", "refused", "privacy: too weak")]
 
 
