@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,34 +77,34 @@ def _train(config: Config, folder: Path, console: Console) -> None:
 
 
 def _worth_joining(config: Config, folder: Path, console: Console) -> None:
-    from rich.progress import Progress
-
     from journeys.sites import load_sites
     from simulation.comparison import show_results
     from simulation.worth_joining import compare_approaches
 
     sites = load_sites(config.data, config.seed)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("trainings", total=None)
-        results = compare_approaches(
-            config, sites, lambda done, of: progress.update(task, completed=done, total=of)
-        )
+    with _counting(console, "trainings") as done:
+        results = compare_approaches(config, sites, done)
     show_results(console, folder, results)
 
 
 def _audit(config: Config, folder: Path, console: Console) -> None:
-    from rich.progress import Progress
-
     from journeys.sites import load_sites
     from simulation.audit import audit_builds, show_findings
 
     site = load_sites(config.data, config.seed)[0]
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("builds", total=None)
-        findings = audit_builds(
-            config, site, lambda done, of: progress.update(task, completed=done, total=of)
-        )
+    with _counting(console, "builds") as done:
+        findings = audit_builds(config, site, done)
     show_findings(console, folder, config, findings)
+
+
+@contextmanager
+def _counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that is told how many are done, and of how many."""
+    from rich.progress import Progress
+
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from client.policy import PlanRefused, SitePolicy
 from client.site import Site
 from conf.compose import load
 from conf.schema import Config
-from journeys.features import feature_spec
+from journeys.features import FeatureSpec, feature_spec
 from journeys.site import SiteJourneys
 from journeys.sites import load_sites
 from privacy.ledger import Ledger
@@ -60,22 +60,26 @@ def client_app(open_site: Callable[[Context], AbstractContextManager[Site]]) -> 
     return app
 
 
-def _simulated_site(context: Context) -> AbstractContextManager[Site]:
+def simulated_site(
+    journeys: SiteJourneys, spec: FeatureSpec, ledgers: Path, seed: int, index: int
+) -> Site:
+    """Site `index` of a simulation, its ledger in the folder `ledgers`: all is seeded and allowed.
+
+    Protects nobody from who knows `seed`.
+    """
+    ledger = Ledger(ledgers / f"{index}.sqlite", durable=False)
+    return Site(journeys, spec, SitePolicy.of_simulation(), ledger, seed=(seed, index))
+
+
+def _site_of_run(context: Context) -> AbstractContextManager[Site]:
     """The site of a simulation by `flwr run`: cut from the data that the run's overrides name."""
     if "partition-id" not in context.node_config:
         raise PlanRefused("this app runs in simulations only: the node has no partition-id")
     config, sites = _simulated_sites(str(context.run_config.get("overrides", "")))
     index = int(context.node_config["partition-id"])
     ledgers = Path("runs") / f"flower-{context.run_id}" / "ledgers"
-    return closing(
-        Site(
-            sites[index],
-            feature_spec(config.data.features),
-            SitePolicy.of_simulation(),
-            Ledger(ledgers / f"{index}.sqlite", durable=False),
-            seed=(config.seed, index),
-        )
-    )
+    spec = feature_spec(config.data.features)
+    return closing(simulated_site(sites[index], spec, ledgers, config.seed, index))
 
 
 @lru_cache(maxsize=1)
@@ -84,4 +88,4 @@ def _simulated_sites(overrides: str) -> tuple[Config, list[SiteJourneys]]:
     return config, load_sites(config.data, config.seed)
 
 
-app = client_app(_simulated_site)
+app = client_app(_site_of_run)

@@ -262,8 +262,8 @@ def _calibrated(
 def _digest(plan: RoundPlan, weights: Weights | None) -> str:
     """Of all that is asked."""
     asked = hashlib.sha256(to_text(plan).encode())
-    for name in sorted(weights or {}):
-        asked.update(name.encode() + b"\0" + np.ascontiguousarray((weights or {})[name]).tobytes())
+    for name, value in sorted((weights or {}).items()):
+        asked.update(name.encode() + b"\0" + value.tobytes())
     return asked.hexdigest()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from conf.schema import GROUPS
+
 _FOLDER = Path(__file__).parent
-_GROUPS = ("data", "model", "privacy", "optimizer", "strategy", "runtime", "experiment", "debug")
 _EXAMPLES = """\
 Simulate a federation on this machine.
 
@@ -19,7 +20,7 @@ Simulate a federation on this machine.
 def usage() -> str:
     """Examples, then each group and what there is to choose."""
     lines = [_EXAMPLES]
-    for group in _GROUPS:
+    for group in (*GROUPS, "experiment", "debug"):
         lines.append(f"{group}=")
         for path in sorted((_FOLDER / group).glob("*.yaml")):
             lines.append(f"  {path.stem:16} {_first_comment(path)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import nn
 
 from conf.schema import (
@@ -17,6 +20,7 @@ from models.attention import Attention
 from models.gru import Gru
 from models.logistic import Logistic
 from models.mlp import Mlp
+from models.weights import get_weights
 
 
 def build(config: ModelConfig, spec: FeatureSpec) -> nn.Module:
@@ -31,3 +35,12 @@ def build(config: ModelConfig, spec: FeatureSpec) -> nn.Module:
         case AttentionConfig():
             return Attention(config, spec)
     raise SettingError(f"model.name={config.name}: no such model")
+
+
+def initial_weights(
+    config: ModelConfig, spec: FeatureSpec, seed: int
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The weights of an untrained model, drawn from `seed`; torch's generator is left as it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_weights(build(config, spec))

@@ -118,7 +118,6 @@ class OpacusHooks(GradSampleModule):  # type: ignore[misc]
         """What the model gives for `batch`."""
         self.remove_hooks()
         self.add_hooks(loss_reduction="sum")
-        self.enable_hooks()
         result: Tensor = super().forward(batch)
         return result
 

@@ -7,21 +7,11 @@ import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from protocol.plan import RoundPlan
-from protocol.replies import (
-    Reply,
-    SiteDescription,
-    SiteEvaluation,
-    SiteRefusal,
-    SiteUpdate,
-    Weights,
-)
+from protocol.replies import REPLIES, Reply, SiteUpdate, Weights
+from protocol.stored import weights_to_bytes
 from protocol.wire import WireError, from_text, to_text
 
 _SAFETENSORS = "safetensors"
-
-REPLIES: dict[str, type[Reply]] = {
-    kind.__name__: kind for kind in (SiteDescription, SiteEvaluation, SiteUpdate, SiteRefusal)
-}
 
 
 def plan_records(plan: RoundPlan, weights: Weights | None = None) -> RecordDict:
@@ -58,9 +48,7 @@ def read_reply(records: RecordDict) -> Reply:
 def _records(kind: str, text: str, weights: Weights | None = None) -> RecordDict:
     records = RecordDict({"text": ConfigRecord({kind: text})})
     if weights is not None:
-        # Not ascontiguousarray: it would turn a single number into an array of one.
-        tensors = {name: np.asarray(value, order="C") for name, value in weights.items()}
-        data = safetensors.numpy.save(tensors)
+        data = weights_to_bytes(weights)
         records["weights"] = ArrayRecord({_SAFETENSORS: Array("", (), _SAFETENSORS, data)})
     return records
 

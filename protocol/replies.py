@@ -67,6 +67,12 @@ class SiteRefusal:
 Reply = SiteDescription | SiteEvaluation | SiteUpdate | SiteRefusal
 
 
+REPLIES: dict[str, type[Reply]] = {
+    kind.__name__: kind for kind in (SiteDescription, SiteEvaluation, SiteUpdate, SiteRefusal)
+}
+"""By the name under which they travel and are kept."""
+
+
 @dataclass(frozen=True)
 class SiteFailure:
     """The coordinator's note of a site without a sound answer."""

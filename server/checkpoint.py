@@ -8,11 +8,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from protocol.replies import Weights
+from protocol.stored import weights_to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint beside the earlier ones, then delete the oldest."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        **{f"weights.{name}": np.ascontiguousarray(v) for name, v in checkpoint.weights.items()},
-        **{f"strategy.{name}": np.ascontiguousarray(v) for name, v in checkpoint.strategy.items()},
+        **{f"weights.{name}": value for name, value in checkpoint.weights.items()},
+        **{f"strategy.{name}": value for name, value in checkpoint.strategy.items()},
     }
     counters = {"round": str(checkpoint.round), "records": str(checkpoint.records)}
-    data = safetensors.numpy.save(tensors, metadata=counters)
+    data = weights_to_bytes(tensors, counters)
     path = folder / f"round-{checkpoint.round:06d}.safetensors"
     write_durably(path, data)
     # The digest comes second: without it there is no checkpoint.

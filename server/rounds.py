@@ -8,12 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from conf.schema import Config, VisitorDP
 from journeys.features import feature_spec
-from models.registry import build
-from models.weights import get_weights
+from models import registry
 from protocol.plan import RoundPlan
 from protocol.replies import SiteEvaluation, SiteFailure, Weights
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -110,9 +107,7 @@ def evaluated_after(config: Config) -> set[int]:
 
 def initial_weights(config: Config) -> Weights:
     """The untrained model, drawn from the run's seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return get_weights(build(config.model, feature_spec(config.data.features)))
+    return registry.initial_weights(config.model, feature_spec(config.data.features), config.seed)
 
 
 def _evaluate(

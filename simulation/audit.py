@@ -27,14 +27,14 @@ from journeys.features import FIRST, OTHER, PADDING, FeatureSpec, feature_spec
 from journeys.site import SiteJourneys
 from models.batch import to_batch
 from models.registry import build as build_model
+from models.registry import initial_weights
 from models.score import logits
-from models.weights import get_weights, set_weights
+from models.weights import set_weights
 from privacy.accountant import epsilon
 from privacy.audit import audited_epsilon, epsilon_lower_bound
 from privacy.mechanisms import GaussianCount
 from privacy.membership import (
     FALSE_POSITIVE_RATE,
-    Interval,
     MembershipInference,
     infer_membership,
     largest_true_positive_rate,
@@ -43,7 +43,7 @@ from privacy.randomness import SeededRandomness
 from privacy.training import Weights
 from server import plots
 from server.rounds import first_plan
-from simulation.comparison import show_comparison
+from simulation.comparison import interval_text, show_comparison
 from simulation.sabotage import BrokenRandomness, BrokenTrainer, Build, LoudCanaries
 
 CANARIES = 2000
@@ -148,7 +148,7 @@ def audit_builds(
 
 def _judge(config: Config, site: _Site, build: Build, number: int) -> Finding:
     seeds = [np.random.SeedSequence(config.seed, spawn_key=(1, number, i)) for i in range(4)]
-    initial = _initial_weights(config, site.spec)
+    initial = initial_weights(config.model, site.spec, config.seed)
     entries = site.loud.entries
 
     weights, claimed = _train(config, site, site.with_canaries, build, site.loud, seeds[0])
@@ -205,7 +205,7 @@ def _train(
         first_plan(config, "audit"), count.release(visitors.visitors, rounds[0])
     )
     trainer = BrokenTrainer(build_model(config.model, site.spec), build, loud)
-    weights = _initial_weights(config, site.spec)
+    weights = initial_weights(config.model, site.spec, config.seed)
     for honest in rounds[1:]:
         randomness = BrokenRandomness(honest, build, training.sample_rate)
         weights = trainer.train(weights, visitors, training, randomness)
@@ -244,19 +244,13 @@ def _loud_canaries(config: Config, spec: FeatureSpec, own: Examples, canaries: i
     There are enough: it is never smaller than the number of marks, as each has its own weight.
     """
     model = build_model(config.model, spec)
-    set_weights(model, _initial_weights(config, spec))
+    set_weights(model, initial_weights(config.model, spec, config.seed))
     name, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())
     batch = to_batch(own, slice(None))
     loss = binary_cross_entropy_with_logits(model(batch), batch.label)
     (gradient,) = torch.autograd.grad(loss, [parameter])
     entries = np.argsort(gradient.abs().ravel().numpy(), kind="stable")[:canaries]
     return LoudCanaries(name, entries, LOUDNESS * _promise(config).clipping_norm)
-
-
-def _initial_weights(config: Config, spec: FeatureSpec) -> Weights:
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return get_weights(build_model(config.model, spec))
 
 
 def _surety(
@@ -286,8 +280,8 @@ def show_findings(console: Console, folder: Path, config: Config, found: Sequenc
             "white box ≥": f"{f.white_box:.2f}",
             "black box ≥": f"{f.black_box:.2f}",
             "verdict": "caught" if f.caught else "not caught",
-            "members' AUC": _interval(f.membership.auc, ".2f"),
-            f"found at {FALSE_POSITIVE_RATE:.0%}": _interval(
+            "members' AUC": interval_text(f.membership.auc, ".2f"),
+            f"found at {FALSE_POSITIVE_RATE:.0%}": interval_text(
                 f.membership.true_positive_rate, ".1%"
             ),
             "allowed": f"{f.allowed:.1%}",
@@ -343,8 +337,3 @@ def show_findings(console: Console, folder: Path, config: Config, found: Sequenc
         "repeated.",
     ]
     show_comparison(console, folder, "Does the claimed epsilon hold?", rows, pictures, notes)
-
-
-def _interval(interval: Interval, form: str) -> str:
-    low, value, high = (format(number, form) for number in interval)
-    return f"{value} [{low}, {high}]"

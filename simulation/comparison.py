@@ -26,7 +26,7 @@ def show_results(console: Console, folder: Path, results: Sequence[Result]) -> N
             "approach": result.approach,
             "learning rate": f"{result.learning_rate:g}",
             **{
-                f"{heading}, {over}": _interval(getattr(result, over)[name])
+                f"{heading}, {over}": interval_text(getattr(result, over)[name])
                 for over in ("mean", "pooled")
                 for name, heading in METRICS.items()
             },
@@ -87,6 +87,7 @@ def show_comparison(
     console.print(f"report: {page}", soft_wrap=True)
 
 
-def _interval(interval: tuple[float, float, float]) -> str:
-    low, value, high = interval
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+def interval_text(interval: tuple[float, float, float], form: str = ".3f") -> str:
+    """(lower end, value, upper end) as "value [lower, upper]", each formatted by `form`."""
+    low, value, high = (format(number, form) for number in interval)
+    return f"{value} [{low}, {high}]"

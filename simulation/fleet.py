@@ -11,6 +11,9 @@ from journeys.examples import Examples
 from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
 
+PARTITION = "partition-id"
+"""Flower's name for the index of a simulated site."""
+
 
 @dataclass(frozen=True)
 class Fleet:

@@ -7,14 +7,9 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
-from client.app import client_app
-from client.policy import SitePolicy
+from client.app import client_app, simulated_site
 from client.site import Site
-from privacy.ledger import Ledger
-from simulation.fleet import Fleet
-
-PARTITION = "partition-id"
-"""Flower's name for the index of a simulated site."""
+from simulation.fleet import PARTITION, Fleet
 
 
 class KeptSites:
@@ -48,7 +43,4 @@ def shared_sites(fleet: Fleet) -> ClientApp:
 
 
 def _open_site(fleet: Fleet, index: int) -> Site:
-    ledger = Ledger(fleet.ledgers / f"{index}.sqlite", durable=False)
-    policy = SitePolicy.of_simulation()
-    seed = (fleet.seed, index)
-    return Site(fleet.open_journeys(index), fleet.spec, policy, ledger, seed)
+    return simulated_site(fleet.open_journeys(index), fleet.spec, fleet.ledgers, fleet.seed, index)

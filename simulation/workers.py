@@ -16,7 +16,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from simulation.faults import Faults, misbehave
-from simulation.fleet import Fleet
+from simulation.fleet import PARTITION, Fleet
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,10 @@ class InlineWorker:
 
     def __init__(self, fleet: Fleet, faults: Faults, deliver: Deliver) -> None:
         # Only where sites run: it loads torch, Opacus and the accountant.
-        from simulation.fleet_app import PARTITION, KeptSites
+        from simulation.fleet_app import KeptSites
 
         self._sites = KeptSites(fleet)
         self._app = self._sites.app()
-        self._partition = PARTITION
         self._faults = faults
         self._deliver = deliver
 
@@ -46,7 +45,7 @@ class InlineWorker:
         context = Context(
             run_id=message.metadata.run_id,
             node_id=message.metadata.dst_node_id,
-            node_config={self._partition: index},
+            node_config={PARTITION: index},
             state=RecordDict(),
             run_config={},
         )

@@ -15,10 +15,8 @@ import torch
 from client.policy import PlanRefused, SitePolicy
 from client.site import Site, local_training
 from conf.schema import (
-    FeatureConfig,
     LogisticConfig,
     MlpConfig,
-    NumericColumn,
     OptimizerConfig,
     PrivacyConfig,
     Unprotected,
@@ -26,23 +24,19 @@ from conf.schema import (
 )
 from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
 from journeys.examples import Examples
-from journeys.features import FeatureSpec, feature_spec
+from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
-from models.registry import build
+from models.registry import build, initial_weights
 from models.score import logits
-from models.weights import get_weights, set_weights
+from models.weights import set_weights
 from privacy.ledger import Entry, Ledger, LedgerDamagedError
 from privacy.mechanisms import GaussianCount
 from protocol.plan import RoundPlan
 from protocol.replies import SiteEvaluation, SiteUpdate, Weights
+from tests.shop import SPEC, Untouchable
 
 torch.set_num_threads(1)
 
-SPEC = feature_spec(
-    FeatureConfig(
-        channels=["a", "b", "c"], max_touchpoints=4, numeric={"pages": NumericColumn(high=9)}
-    )
-)
 MODEL = LogisticConfig()
 ROUNDS = 4
 PROMISE = VisitorDP(epsilon=2.0, delta=1e-5, count_noise=20.0)
@@ -84,18 +78,6 @@ def examples(n: int, seed: int) -> Examples:
 JOURNEYS = SiteJourneys("shop", examples(200, 1), examples(50, 2))
 
 
-class Untouchable:
-    """Journeys of a site whose name may be read and nothing else."""
-
-    name = "shop"
-
-    @property
-    def train(self) -> Examples:
-        raise AssertionError("the journeys were read")
-
-    holdout = train
-
-
 def a_site(
     tmp_path: Path,
     journeys: SiteJourneys = JOURNEYS,
@@ -130,9 +112,7 @@ def real_site(tmp_path: Path) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return get_weights(build(MODEL, SPEC))
+    return initial_weights(MODEL, SPEC, 0)
 
 
 def equal(a: Weights, b: Weights) -> bool:

@@ -40,12 +40,10 @@ import client
 from client.app import client_app
 from client.policy import SitePolicy
 from client.site import Site, local_training
-from conf.schema import FeatureConfig, LogisticConfig, NumericColumn, OptimizerConfig, VisitorDP
+from conf.schema import LogisticConfig, OptimizerConfig, VisitorDP
 from journeys.examples import Examples
-from journeys.features import feature_spec
 from journeys.site import SiteJourneys
-from models.registry import build
-from models.weights import get_weights
+from models.registry import initial_weights
 from privacy.accountant import PrivacyEvent, epsilon
 from privacy.ledger import Ledger, Request, Reservation
 from privacy.mechanisms import GaussianCount, GaussianHistogram
@@ -55,6 +53,7 @@ from protocol.plan import RoundPlan
 from protocol.records import plan_records, read_reply
 from protocol.replies import SiteRefusal, Weights
 from protocol.stored import reply_to_bytes
+from tests.shop import SPEC, Untouchable
 
 torch.set_num_threads(1)
 
@@ -63,11 +62,6 @@ BUNDLE = ("client", "conf", "evaluation", "journeys", "models", "privacy", "prot
 """The folders that a site runs."""
 
 VISITORS, ROUNDS, EVALUATIONS, DELTA = 1000, 9, 3, 1e-5
-SPEC = feature_spec(
-    FeatureConfig(
-        channels=["a", "b", "c"], max_touchpoints=4, numeric={"pages": NumericColumn(high=9)}
-    )
-)
 PROMISE = VisitorDP(epsilon=2.0, delta=DELTA, count_noise=20.0)
 PLAN = RoundPlan(
     "shops",
@@ -137,18 +131,6 @@ class Ask:
 
 
 # ------------------------------------------------------------------ the process
-
-
-class Untouchable:
-    """Journeys of a site whose name may be read and nothing else."""
-
-    name = "shop"
-
-    @property
-    def train(self) -> Examples:
-        raise AssertionError("the journeys were read")
-
-    holdout = train
 
 
 def serve(connection: Connection, folder: str, node: int, readable: bool) -> None:
@@ -316,9 +298,7 @@ def _message(ask: Ask, node: int) -> Message:
 @cache
 def _weights(round_: int) -> Weights:
     """Some model that a round begins with; another one each round."""
-    with torch.random.fork_rng():
-        torch.manual_seed(round_)
-        return get_weights(build(PLAN.model, SPEC))
+    return initial_weights(PLAN.model, SPEC, round_)
 
 
 @cache

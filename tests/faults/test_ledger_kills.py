@@ -153,9 +153,9 @@ def test_promise_7_the_ledger_outlives_node_run_and_bundle(site: Watched, tmp_pa
     bundle = tmp_path / "bundle"
     for name in BUNDLE:
         shutil.copytree(ROOT / name, bundle / name, ignore=shutil.ignore_patterns("__pycache__"))
-    script = Path("tests", "faults", "site_process.py")
-    (bundle / script).parent.mkdir(parents=True)
-    shutil.copy(ROOT / script, bundle / script)
+    (bundle / "tests" / "faults").mkdir(parents=True)
+    for script in (Path("tests", "faults", "site_process.py"), Path("tests", "shop.py")):
+        shutil.copy(ROOT / script, bundle / script)
 
     with Forks(bundle) as site.forks:
         opened = site.start(node=2)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from conf.schema import GruConfig, OptimizerConfig, VisitorDP
 from evaluation.histogram import NOISED, ScoreHistogram
 from protocol.plan import RoundPlan
-from protocol.records import REPLIES, plan_records, read_plan, read_reply, reply_records
+from protocol.records import plan_records, read_plan, read_reply, reply_records
 from protocol.replies import (
+    REPLIES,
     Reply,
     SiteDescription,
     SiteEvaluation,

@@ -14,6 +14,7 @@ from conf.compose import load
 from conf.schema import Config, SettingError, Unprotected
 from journeys.sites import load_sites
 from models.registry import build as build_model
+from models.registry import initial_weights
 from privacy.randomness import SeededRandomness
 from privacy.training import LocalTraining, Trainer
 from simulation import audit
@@ -83,7 +84,7 @@ def test_the_sound_build_is_the_products_training_bit_for_bit() -> None:
     config = small_config()
     (journeys,) = load_sites(config.data, config.seed)
     site = audit._site(config, journeys, 50)
-    weights = audit._initial_weights(config, site.spec)
+    weights = initial_weights(config.model, site.spec, config.seed)
     seed = np.random.SeedSequence(5)
     product = Trainer(build_model(config.model, site.spec)).train(
         weights, site.with_canaries, training(config), SeededRandomness(seed)
@@ -102,7 +103,7 @@ def test_a_loud_canary_passes_the_products_clipping(clips: bool, norm: float) ->
     config = small_config()
     (journeys,) = load_sites(config.data, config.seed)
     site = audit._site(config, journeys, 50)
-    weights = audit._initial_weights(config, site.spec)
+    weights = initial_weights(config.model, site.spec, config.seed)
     build = Build("", noise=0.0, clips=clips)
     always = replace(training(config), sample_rate=1.0)
     trained = BrokenTrainer(build_model(config.model, site.spec), build, site.loud).train(
