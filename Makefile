@@ -23,7 +23,7 @@ check: .venv/tested
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[simulation,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[simulation,site,dev]'
 	touch $@
 
 clean:

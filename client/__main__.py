@@ -1,121 +1,196 @@
-"""A site's ledger on the terminal: `python -m client budget SITE`, `... audit SITE`."""
+"""A site on the terminal: `python -m client COMMAND SITE`."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from privacy.accountant import epsilon
-from privacy.ledger import Entry, Ledger, LedgerDamagedError, LedgerError, Population, Release
-
-
-def show_budget(console: Console, ledger: Ledger, delta: float, budget: float | None) -> None:
-    """What was released in which run, what it cost at `delta`, and what is left of `budget`."""
-    table = Table(
-        title=f"{escape(str(ledger.path))}, epsilon at delta {delta:g}", title_justify="left"
-    )
-    for heading in ("run", "release", "visitors"):
-        table.add_column(heading)
-    for heading in ("rounds", "times", "epsilon"):
-        table.add_column(heading, justify="right")
-    for run, entries in _by_run(ledger.entries()).items():
-        rounds, spent = _rounds(entries), ledger.epsilon(delta, run=run)
-        table.add_row(escape(run), "all", "", rounds, "", _number(spent), style="bold")
-        kinds = dict.fromkeys((r.name, r.population) for e in entries for r in e.request.releases)
-        for name, population in kinds:
-            of = [e for e in entries if _named(e, name, population)]
-            events = [r.event for e in of for r in _named(e, name, population)]
-            cost = _number(epsilon(events, delta))
-            table.add_row("", escape(name), population, _rounds(of), str(len(events)), cost)
-        table.add_section()
-    for population in get_args(Population):
-        cost = _number(epsilon(ledger.events(population), delta))
-        table.add_row("all runs", "all", population, "", "", cost, style="bold")
-    console.print(table)
-
-    waiting = sum(not entry.committed for entry in ledger.entries())
-    if waiting:
-        console.print(f"charged and not answered yet, requests: {waiting}")
-    spent = ledger.epsilon(delta)
-    line = f"a visitor has spent epsilon {_number(spent)}"
-    if budget is not None:
-        line += f" of {budget:g}; left {_number(max(0.0, budget - spent))}"
-    console.print(line)
+# The imports within the commands cost seconds that the other commands need not wait for.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Ends with 1 if the ledger is damaged, with 2 on other errors."""
-    parser = argparse.ArgumentParser("python -m client", description="Look at a site's ledger.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, meaning in (
-        ("budget", "what was spent on what, and what is left"),
-        ("audit", "check every record of the ledger; ends with 1 if one is bad"),
-    ):
-        of = commands.add_parser(command, help=meaning, description=meaning)
-        of.add_argument("site", type=Path, help="the site's folder, or its ledger file")
-        if command == "budget":
-            of.add_argument("--epsilon", type=float, help="budget, instead of the site's policy's")
-            of.add_argument("--delta", type=float, help="delta, instead of the site's policy's")
-    options = parser.parse_args(arguments)
-    path = options.site / "ledger.sqlite" if options.site.is_dir() else options.site
+    """The command line.
+
+    Ends with 1 if what was looked at is not in order (`check`, `audit`), with 2 on other errors.
+    """
+    options = _parser().parse_args(arguments)
     # A file or a pipe, which says no width, is wide enough for every table.
     console = Console(width=None if sys.stdout.isatty() else 140)
+    command: Callable[[argparse.Namespace, Console], None] = options.run
+    from client.check import SITE_ERRORS
+    from client.erasure import ErasureError
+    from privacy.ledger import LedgerDamagedError
+
     try:
-        ledger = Ledger(path, read_only=True)
-        if options.command == "audit":
-            records, hash_ = ledger.head
-            line = f"{path}: whole; {records} records, hash {hash_}"
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
-            return
-        budget, delta = _limits(path.with_name("policy.yaml"), options.epsilon, options.delta)
-        show_budget(console, ledger, delta, budget)
+        command(options, console)
     except LedgerDamagedError as error:
         _fail(str(error), 1)
-    except (LedgerError, ValueError) as error:
+    except (*SITE_ERRORS, ErasureError, ValueError) as error:
         _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was stored before stays stored", 130)
 
 
-def _limits(policy: Path, budget: float | None, delta: float | None) -> tuple[float | None, float]:
-    if (budget is None or delta is None) and policy.exists():
-        # Here, because the import takes seconds, which an audit need not wait for.
-        from client.policy import SitePolicy
+def _init(options: argparse.Namespace, console: Console) -> None:
+    from client.folder import create
 
-        allowed = SitePolicy.load(policy)
-        budget = allowed.epsilon if budget is None else budget
-        delta = allowed.delta if delta is None else delta
-    if delta is None:
-        raise ValueError(f"{policy}: no policy; say --delta")
-    return budget, delta
-
-
-def _by_run(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    runs: dict[str, list[Entry]] = {}
-    for entry in entries:
-        runs.setdefault(entry.request.run, []).append(entry)
-    return runs
-
-
-def _named(entry: Entry, name: str, population: Population) -> list[Release]:
-    return [r for r in entry.request.releases if (r.name, r.population) == (name, population)]
+    try:
+        create(options.site, _now())
+    except FileExistsError:
+        _fail(f"{options.site}: is a site already", 2)
+    console.print(
+        f"{options.site}: a new site\n"
+        f"  site.yaml     where visits come from and how they are prepared: edit it\n"
+        f"  policy.yaml   what may leave the site: edit it\n"
+        f"  keys/         of the pseudonyms; keep a copy in a safe place, show them to nobody\n"
+        f"  ledger.sqlite what was released: nothing yet\n"
+        f"next: python -m client check {options.site}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
-def _rounds(entries: Iterable[Entry]) -> str:
-    return str(len({entry.request.round for entry in entries}))
+def _check(options: argparse.Namespace, console: Console) -> None:
+    from client.check import check
+    from client.console import show_findings
+    from client.folder import SiteFolder
+
+    findings = check(SiteFolder(options.site), _now(), options.visits)
+    show_findings(console, findings)
+    if findings.problems:
+        sys.exit(1)
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "infinite"
+def _ingest(options: argparse.Namespace, console: Console) -> None:
+    from client.console import ingesting, show_account
+    from client.folder import SiteFolder
+    from client.ingest import ingest
+
+    with ingesting(console) as progress:
+        account = ingest(SiteFolder(options.site), _now(), progress)
+    show_account(console, account, stored="stored")
 
 
-def _fail(message: str, code: int) -> None:
+def _forget(options: argparse.Namespace, console: Console) -> None:
+    from client.console import show_receipt
+    from client.erasure import forget, read_ids
+    from client.folder import SiteFolder
+
+    show_receipt(console, forget(SiteFolder(options.site), read_ids(options.visitor_file)))
+
+
+def _score(options: argparse.Namespace, console: Console) -> None:
+    from client.scoring import score, write_scores
+    from models.saved import SavedModelError
+
+    at = _now() if options.at is None else options.at
+    try:
+        scores = score(options.site / "store", options.model, at)
+    except SavedModelError as error:
+        raise ValueError(str(error)) from error
+    write_scores(scores, options.out)
+    console.print(f"{options.out}: {scores.height:,} visitors", highlight=False, markup=False)
+
+
+def _kpis(options: argparse.Namespace, console: Console) -> None:
+    from client.console import show_kpis
+    from client.folder import SiteFolder
+    from client.kpis import kpis
+
+    with SiteFolder(options.site).store(read_only=True) as store:
+        table = kpis(store)
+    show_kpis(console, table)
+
+
+def _budget(options: argparse.Namespace, console: Console) -> None:
+    from client.budget import limits, show_budget
+    from privacy.ledger import Ledger
+
+    path = _ledger_file(options.site)
+    ledger = Ledger(path, read_only=True)
+    budget, delta = limits(path.with_name("policy.yaml"), options.epsilon, options.delta)
+    show_budget(console, ledger, delta, budget)
+
+
+def _audit(options: argparse.Namespace, console: Console) -> None:
+    from client.audit_log import AuditLog, AuditLogError
+    from privacy.ledger import Ledger
+
+    path = _ledger_file(options.site)
+    records, hash_ = Ledger(path, read_only=True).head
+    lines = [f"{path}: whole; {records} records, hash {hash_}"]
+    log = AuditLog(path.with_name("audit.jsonl"))
+    if log.path.exists():
+        try:
+            events = log.events()
+        except AuditLogError as error:
+            _fail(str(error), 1)
+        lines.append(f"{log.path}: whole; {len(events)} events, hash {events[-1].hash}")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m client", description="Run and inspect a site.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, run: Any, meaning: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=meaning, description=meaning)
+        command.add_argument("site", type=Path, help="the site's folder")
+        command.set_defaults(run=run)
+        return command
+
+    add("init", _init, "begin a site: commented settings, policy, keys, an empty ledger")
+    check = add(
+        "check",
+        _check,
+        "are settings, policy and source in order? Stores nothing; ends with 1 if not",
+    )
+    check.add_argument(
+        "--visits", type=int, default=100_000, help="visits to try (default: %(default)s)"
+    )
+    add("ingest", _ingest, "read new visits, prepare them, store them")
+    forget = add("forget", _forget, "erase visitors, and write a receipt into the audit log")
+    forget.add_argument(
+        "--visitor-file", type=Path, required=True, help="their original ids, one a line"
+    )
+    score = add("score", _score, "the conversion likelihood of each current visitor")
+    score.add_argument("--model", type=Path, required=True, help="a model.safetensors")
+    score.add_argument("--out", type=Path, required=True, help="a .parquet or .csv file to write")
+    score.add_argument("--at", type=_time, help="ISO 8601 time to judge at (default: now)")
+    add("kpis", _kpis, "the site's own figures by month and channel, exact, for the site alone")
+    budget = add("budget", _budget, "what was spent on what, and what is left")
+    budget.add_argument("--epsilon", type=float, help="budget, instead of the site's policy's")
+    budget.add_argument("--delta", type=float, help="delta, instead of the site's policy's")
+    add("audit", _audit, "check every record of ledger and audit log; ends with 1 if one is bad")
+    return parser
+
+
+def _ledger_file(site: Path) -> Path:
+    return site / "ledger.sqlite" if site.is_dir() else site
+
+
+def _time(text: str) -> int:
+    try:
+        time_ = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be an ISO 8601 time") from None
+    return int(time_.replace(tzinfo=time_.tzinfo or UTC).timestamp())
+
+
+def _now() -> int:
+    return int(time.time())
+
+
+def _fail(message: str, code: int) -> Any:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -7,9 +7,10 @@ import dataclasses
 import inspect
 import typing
 
-from conf import schema
+from conf import schema, site
 from conf.compose import FOLDER
 from conf.schema import GROUPS, MISSING, Config
+from conf.site import SOURCES, SiteConfig, SourceConfig, TableSource
 
 INTRODUCTION = """# Settings
 
@@ -34,7 +35,29 @@ def settings_page() -> str:
             if own and node is not common:
                 parts.append(f"### {_choice(group, name)}\n\n{inspect.getdoc(node)}\n")
                 parts.append(_table(own))
-    return "\n".join(parts)
+    return "\n".join([*parts, *_site()])
+
+
+def _site() -> list[str]:
+    """What a site's own file may say."""
+    parts = [SITE_INTRODUCTION, _table(_rows(SiteConfig, ""))]
+    tables = {name for name, node in SOURCES.items() if issubclass(node, TableSource)}
+    titles = {name: node for name, node in SOURCES.items() if name not in tables}
+    titles["` and `source.name: ".join(sorted(tables))] = TableSource
+    titles |= {name: SOURCES[name] for name in sorted(tables)}
+    for title, node in titles.items():
+        above = TableSource if node in SOURCES.values() and title in tables else SourceConfig
+        known = {field.name for field in dataclasses.fields(above)}
+        parts.append(f"### `source.name: {title}`\n\n{inspect.getdoc(node)}\n")
+        parts.append(_table(_rows(node, "source.", leave_out=known)))
+    return parts
+
+
+SITE_INTRODUCTION = """## A site's own file, `site.yaml`
+
+Each site has its own; no coordinator reads or sets any of it. `python -m client init` writes one
+with comments. Of `source`, what all sources have comes first, then what each has of its own.
+"""
 
 
 def meanings(node: type) -> dict[str, str]:
@@ -62,7 +85,9 @@ def _groups() -> str:
     return _markdown(("Choice", "Meaning", "Example"), rows)
 
 
-def _rows(node: type, prefix: str) -> list[tuple[str, str, str, str]]:
+def _rows(
+    node: type, prefix: str, leave_out: typing.Collection[str] = ()
+) -> list[tuple[str, str, str, str]]:
     """Key, type, default and meaning of each setting of `node`, without the groups in it."""
     hints = typing.get_type_hints(node)
     texts: dict[str, str] = {}
@@ -72,12 +97,12 @@ def _rows(node: type, prefix: str) -> list[tuple[str, str, str, str]]:
     rows = []
     for field in dataclasses.fields(node):
         key, hint = prefix + field.name, hints[field.name]
-        if key in GROUPS:
+        if key in GROUPS or field.name in leave_out:
             continue
         if dataclasses.is_dataclass(hint):
             rows += _rows(typing.cast(type, hint), f"{key}.")
             continue
-        rows.append((f"`{key}`", _type(hint), _default(field), texts[field.name]))
+        rows.append((f"`{key}`", _type(hint), _default(field, key), texts[field.name]))
         of = typing.get_args(hint)[-1:]
         if of and dataclasses.is_dataclass(of[0]):
             rows += _rows(typing.cast(type, of[0]), f"{key}.*.")
@@ -86,14 +111,16 @@ def _rows(node: type, prefix: str) -> list[tuple[str, str, str, str]]:
 
 def _type(hint: object) -> str:
     text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return text.replace(f"{schema.__name__}.", "").replace("|", "or").replace(" None", " null")
+    for module in (schema, site):
+        text = text.replace(f"{module.__name__}.", "")
+    return text.replace("|", "or").replace(" None", " null")
 
 
-def _default(field: dataclasses.Field[object]) -> str:
+def _default(field: dataclasses.Field[object], key: str) -> str:
     made = field.default_factory
     value = made() if made is not dataclasses.MISSING else field.default
     if value is MISSING or value == MISSING:
-        return "by the choice" if field.name == "name" else "required"
+        return "by the choice" if key.endswith(".name") else "required"
     if value is None:
         return "`null`"
     if isinstance(value, bool):

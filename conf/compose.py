@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import re
 import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from conf.schema import GROUPS, Config, SettingError
+from conf.site import SOURCES, SiteConfig
 
 FOLDER = Path(__file__).parent
 
@@ -61,21 +63,55 @@ def to_config(composed: DictConfig) -> Config:
 
 def from_yaml(path: Path) -> Config:
     """The configuration that `to_yaml` wrote. Raises `SettingError`."""
+    return typing.cast(Config, _from_yaml(path, Config, GROUPS))
+
+
+def site_from_yaml(path: Path) -> SiteConfig:
+    """A site's own settings, `site.yaml`. Raises `SettingError`, naming file and key."""
+    return typing.cast(SiteConfig, _from_yaml(path, SiteConfig, {"source": SOURCES}))
+
+
+def _from_yaml(path: Path, node: type, groups: Mapping[str, Mapping[str, type]]) -> object:
     try:
         read = OmegaConf.load(path)
     except (OSError, ValueError, YAMLError) as error:
         raise SettingError(f"{path}: cannot be read, or is not YAML") from error
     if not isinstance(read, DictConfig):
         raise SettingError(f"{path}: not a configuration")
-    typed = OmegaConf.structured(Config)
     try:
-        for group, choices in GROUPS.items():
-            name = read[group].name
-            node = choices[name] if len(choices) > 1 else next(iter(choices.values()))
-            typed[group] = OmegaConf.structured(node)
-        return to_config(typing.cast(DictConfig, OmegaConf.merge(typed, read)))
-    except (OmegaConfBaseException, KeyError) as error:
+        typed = OmegaConf.structured(node)
+        chosen = {group: _chosen(read, group, choices) for group, choices in groups.items()}
+        for group, choice in chosen.items():
+            typed[group] = OmegaConf.structured(choice)
+        known = _keys(node, "", {group: {"": choice} for group, choice in chosen.items()})
+        for key in _leaves(read, ""):
+            if not any(_covers(one, key) for one in known):
+                raise SettingError(f"{key}: no such setting{_nearest(key, known)}")
+        return OmegaConf.to_object(OmegaConf.merge(typed, read))
+    except (OmegaConfBaseException, SettingError, KeyError) as error:
         raise SettingError(f"{path}: {innermost(error)}") from error
+
+
+def _chosen(read: DictConfig, group: str, choices: Mapping[str, type]) -> type:
+    """The class that a group's `name` in a file stands for."""
+    if len(choices) == 1:
+        return next(iter(choices.values()))
+    asked = OmegaConf.select(read, f"{group}.name")
+    if asked not in choices:
+        raise SettingError(
+            f"{group}.name={asked}: no such choice{_nearest(str(asked), list(choices))}; "
+            f"there are {', '.join(choices)}"
+        )
+    return choices[asked]
+
+
+def _leaves(read: DictConfig, prefix: str) -> Iterator[str]:
+    for key in map(str, read):
+        value = None if OmegaConf.is_missing(read, key) else read[key]
+        if isinstance(value, DictConfig) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def to_yaml(config: Config) -> str:
@@ -92,7 +128,7 @@ def check_overrides(overrides: list[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
         raise SettingError(innermost(error)) from error
-    keys = _keys(Config, "")
+    keys = _keys(Config, "", GROUPS)
     for override in parsed:
         key = override.get_key_element().split("@")[0].lstrip("+~")
         if key.startswith("hydra") or override.is_delete():
@@ -115,7 +151,7 @@ def _check_choice(group: str, folder: Path, asked: list[typing.Any]) -> None:
             )
 
 
-def _keys(node: type, prefix: str) -> list[str]:
+def _keys(node: type, prefix: str, groups: Mapping[str, Mapping[str, type]]) -> list[str]:
     """Every dotted key of a settings class and of the classes that a group may put in its place.
 
     A key that ends in a dot is a mapping: what follows is the user's own.
@@ -127,8 +163,8 @@ def _keys(node: type, prefix: str) -> list[str]:
         if typing.get_origin(hint) is dict:
             keys.append(key + ".")
         elif dataclasses.is_dataclass(hint):
-            for choice in GROUPS.get(key, {"": typing.cast(type, hint)}).values():
-                keys += _keys(choice, key + ".")
+            for choice in groups.get(key, {"": typing.cast(type, hint)}).values():
+                keys += _keys(choice, key + ".", groups)
         else:
             keys.append(key)
     return list(dict.fromkeys(keys))

@@ -20,16 +20,18 @@ class SettingError(ValueError):
     """A setting that is unknown, of the wrong type or out of range. The message names its key."""
 
 
-def _check(holds: bool, key: str, value: object, rule: str) -> None:
+def check(holds: bool, key: str, value: object, rule: str) -> None:
+    """Refuse a value that is not finite, or for which the rule does not hold."""
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingError(f"{key}={value}: must be a finite number")
     if not holds:
         raise SettingError(f"{key}={value}: {rule}")
 
 
-def _check_positive(group: str, **values: float) -> None:
+def check_positive(group: str, **values: float) -> None:
+    """Refuse a value of `group` that is not above 0."""
     for name, value in values.items():
-        _check(value > 0, f"{group}.{name}".lstrip("."), value, "must be above 0")
+        check(value > 0, f"{group}.{name}".lstrip("."), value, "must be above 0")
 
 
 def utc_seconds(value: str, key: str) -> int:
@@ -63,8 +65,8 @@ class NumericColumn:
     touchpoint at which the decision falls."""
 
     def __post_init__(self) -> None:
-        _check(self.high > self.low, "data.features.numeric.*.high", self.high, "must be above low")
-        _check(
+        check(self.high > self.low, "data.features.numeric.*.high", self.high, "must be above low")
+        check(
             not self.log or self.low >= 0,
             "data.features.numeric.*.low",
             self.low,
@@ -92,21 +94,21 @@ class FeatureConfig:
     """Further numeric columns and their public ranges."""
 
     def __post_init__(self) -> None:
-        _check_positive("data.features", max_touchpoints=self.max_touchpoints)
-        _check(
+        check_positive("data.features", max_touchpoints=self.max_touchpoints)
+        check(
             0 <= self.campaign_buckets < 65_000,
             "data.features.campaign_buckets",
             self.campaign_buckets,
             "must be 0 or more and below 65,000",
         )
         for name, values in [("channels", self.channels), *self.categorical.items()]:
-            _check(
+            check(
                 len(set(values)) == len(values),
                 f"data.features.{name}",
                 values,
                 "names a value twice",
             )
-            _check(
+            check(
                 len(values) < 65_000,
                 f"data.features.{name}",
                 f"{len(values)} values",
@@ -118,7 +120,7 @@ class FeatureConfig:
         names += ["gap", "age"] if self.gaps else []
         names += [*self.categorical, *self.numeric]
         twice = {name for name in names if names.count(name) > 1}
-        _check(
+        check(
             not twice,
             "data.features",
             ", ".join(sorted(twice)),
@@ -135,7 +137,7 @@ class DataConfig:
     """Where journeys come from, how examples are cut from them, and how they fall to sites."""
 
     name: str = MISSING
-    """Which source: `synthetic` or `table`. Set by the group's file."""
+    """Which source: `synthetic`, `table` or `criteo`. Set by the group's file."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     """What a model sees of a touchpoint."""
     lookback_days: float = 30.0
@@ -153,13 +155,13 @@ class DataConfig:
     decisions whose horizon ends before it. Visitors stay disjoint."""
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_positive(
             "data",
             lookback_days=self.lookback_days,
             horizon_days=self.horizon_days,
             contributions=self.contributions,
         )
-        _check(0 < self.holdout < 1, "data.holdout", self.holdout, "must be between 0 and 1")
+        check(0 < self.holdout < 1, "data.holdout", self.holdout, "must be between 0 and 1")
         if self.holdout_from is not None:
             utc_seconds(self.holdout_from, "data.holdout_from")
 
@@ -181,15 +183,15 @@ class SyntheticData(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
+        check(
             self.contributions == 1,
             "data.contributions",
             self.contributions,
             "must be 1 with data=synthetic, where each visitor has one decision",
         )
-        _check_positive("data", sites=self.sites, visitors=self.visitors)
-        _check(self.heterogeneity >= 0, "data.heterogeneity", self.heterogeneity, "must be ≥ 0")
-        _check(0 < self.base_rate < 1, "data.base_rate", self.base_rate, "must be in (0, 1)")
+        check_positive("data", sites=self.sites, visitors=self.visitors)
+        check(self.heterogeneity >= 0, "data.heterogeneity", self.heterogeneity, "must be ≥ 0")
+        check(0 < self.base_rate < 1, "data.base_rate", self.base_rate, "must be in (0, 1)")
 
 
 @dataclass
@@ -210,12 +212,13 @@ class ColumnNames:
 
 @dataclass
 class TableData(DataConfig):
-    """Anyone's touchpoint table, Parquet or CSV, columns mapped by name."""
+    """Anyone's touchpoint table, Parquet, CSV or the stores of sites, columns mapped by name."""
 
     name: str = "table"
     """Which source. Set by the group's file."""
     path: str = MISSING
-    """The file: `.parquet` or `.csv`."""
+    """The file, `.parquet` or `.csv`; or the folder of a site's store; or a pattern of these, such
+    as `sites/*/store`, read as one table."""
     columns: ColumnNames = field(default_factory=ColumnNames)
     """The table's own column names."""
     decision: str = "touchpoint"
@@ -234,19 +237,19 @@ class TableData(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
+        check(
             self.decision in ("touchpoint", "snapshot", "visit"),
             "data.decision",
             self.decision,
             "must be touchpoint, snapshot or visit",
         )
-        _check(
+        check(
             (self.decision == "snapshot") == (self.snapshot_at is not None),
             "data.snapshot_at",
             self.snapshot_at,
             "is needed with data.decision=snapshot, and only there",
         )
-        _check(
+        check(
             self.contributions == 1 or self.decision == "touchpoint",
             "data.contributions",
             self.contributions,
@@ -255,7 +258,7 @@ class TableData(DataConfig):
         if self.snapshot_at is not None:
             utc_seconds(self.snapshot_at, "data.snapshot_at")
         columns, features = self.columns, self.features
-        _check(
+        check(
             self.decision != "visit" or not columns.visitor_id,
             "data.columns.visitor_id",
             columns.visitor_id,
@@ -263,7 +266,7 @@ class TableData(DataConfig):
             "ids use data.decision=touchpoint",
         )
         timeless = self.decision == "visit" and not features.clock and self.holdout_from is None
-        _check(
+        check(
             bool(columns.time) or timeless,
             "data.columns.time",
             columns.time,
@@ -271,14 +274,48 @@ class TableData(DataConfig):
             "data.holdout_from",
         )
         for key in ("channel", "converted"):
-            _check(bool(getattr(columns, key)), f"data.columns.{key}", "", "must not be empty")
-        _check(
+            check(bool(getattr(columns, key)), f"data.columns.{key}", "", "must not be empty")
+        check(
             bool(columns.campaign) or not features.campaign_buckets,
             "data.columns.campaign",
             columns.campaign,
             "is needed with data.features.campaign_buckets",
         )
-        _check_positive(
+        check_positive(
+            "data", dirichlet_sites=self.dirichlet_sites, dirichlet_alpha=self.dirichlet_alpha
+        )
+
+
+@dataclass
+class CriteoData(DataConfig):
+    """The Criteo Attribution Modeling for Bidding data set, campaigns as channels."""
+
+    name: str = "criteo"
+    """Which source. Set by the group's file."""
+    path: str = MISSING
+    """The file: `.tsv.gz` or `.tsv`."""
+    limit: int = 0
+    """Read only so many impressions, the first ones. 0: all."""
+    dirichlet_sites: int = 10
+    """So many sites, visitors dealt out at random with a skew (below)."""
+    dirichlet_alpha: float = 1.0
+    """Skew of channels over the sites, by Dirichlet(alpha): small is strongly skewed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        features = self.features
+        check(bool(features.channels), "data.features.channels", "", "must not be empty")
+        # The others are known only after a conversion.
+        known = ["click", "cost", "time_since_last_click", *(f"cat{i}" for i in range(1, 10))]
+        for name in [*features.categorical, *features.numeric]:
+            check(
+                name in known,
+                "data.features",
+                name,
+                f"is no column that may be a feature; there are {', '.join(known)}",
+            )
+        check(self.limit >= 0, "data.limit", self.limit, "must be 0 or more")
+        check_positive(
             "data", dirichlet_sites=self.dirichlet_sites, dirichlet_alpha=self.dirichlet_alpha
         )
 
@@ -297,7 +334,7 @@ class ModelConfig:
     read from data."""
 
     def __post_init__(self) -> None:
-        _check(0 < self.base_rate < 1, "model.base_rate", self.base_rate, "must be in (0, 1)")
+        check(0 < self.base_rate < 1, "model.base_rate", self.base_rate, "must be in (0, 1)")
 
 
 @dataclass
@@ -321,7 +358,7 @@ class MlpConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("model", embedding=self.embedding, hidden=self.hidden)
+        check_positive("model", embedding=self.embedding, hidden=self.hidden)
 
 
 @dataclass
@@ -337,7 +374,7 @@ class GruConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("model", embedding=self.embedding, hidden=self.hidden)
+        check_positive("model", embedding=self.embedding, hidden=self.hidden)
 
 
 @dataclass
@@ -355,8 +392,8 @@ class AttentionConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("model", embedding=self.embedding, heads=self.heads, layers=self.layers)
-        _check(
+        check_positive("model", embedding=self.embedding, heads=self.heads, layers=self.layers)
+        check(
             self.embedding % self.heads == 0,
             "model.embedding",
             self.embedding,
@@ -394,14 +431,14 @@ class VisitorDP(PrivacyConfig):
     it does not know. The same but for rounding and time."""
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_positive(
             "privacy",
             epsilon=self.epsilon,
             clipping_norm=self.clipping_norm,
             count_noise=self.count_noise,
         )
-        _check(0 < self.delta < 1, "privacy.delta", self.delta, "must be between 0 and 1")
-        _check(
+        check(0 < self.delta < 1, "privacy.delta", self.delta, "must be between 0 and 1")
+        check(
             self.clipping_engine in ("bookkeeping", "opacus"),
             "privacy.clipping_engine",
             self.clipping_engine,
@@ -441,16 +478,16 @@ class OptimizerConfig:
     """Most visitors in memory at once; has no influence on the result beyond rounding."""
 
     def __post_init__(self) -> None:
-        _check(self.name in ("sgd", "adam"), "optimizer.name", self.name, "must be sgd or adam")
-        _check_positive(
+        check(self.name in ("sgd", "adam"), "optimizer.name", self.name, "must be sgd or adam")
+        check_positive(
             "optimizer",
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             local_epochs=self.local_epochs,
             microbatch=self.microbatch,
         )
-        _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be in [0, 1)")
-        _check(
+        check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be in [0, 1)")
+        check(
             self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must be 0 or more"
         )
 
@@ -494,23 +531,23 @@ class StrategyConfig:
     """Share that fedtrimmedavg cuts from each end."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.name in STRATEGIES,
             "strategy.name",
             self.name,
             f"must be one of {', '.join(STRATEGIES)}",
         )
-        _check(
+        check(
             self.weights in ("visitors", "uniform"),
             "strategy.weights",
             self.weights,
             "must be visitors or uniform",
         )
-        _check(self.weight_cap >= 1, "strategy.weight_cap", self.weight_cap, "must be 1 or more")
-        _check(0 < self.quorum <= 1, "strategy.quorum", self.quorum, "must be in (0, 1]")
-        _check(self.proximal_mu >= 0, "strategy.proximal_mu", self.proximal_mu, "must be ≥ 0")
-        _check(0 <= self.trim < 0.5, "strategy.trim", self.trim, "must be in [0, 0.5)")
-        _check_positive(
+        check(self.weight_cap >= 1, "strategy.weight_cap", self.weight_cap, "must be 1 or more")
+        check(0 < self.quorum <= 1, "strategy.quorum", self.quorum, "must be in (0, 1]")
+        check(self.proximal_mu >= 0, "strategy.proximal_mu", self.proximal_mu, "must be ≥ 0")
+        check(0 <= self.trim < 0.5, "strategy.trim", self.trim, "must be in [0, 0.5)")
+        check_positive(
             "strategy",
             round_timeout_s=self.round_timeout_s,
             join_timeout_s=self.join_timeout_s,
@@ -530,8 +567,8 @@ class RuntimeConfig:
     debugger. The result does not depend on it."""
 
     def __post_init__(self) -> None:
-        _check(self.name in ("local", "ray"), "runtime.name", self.name, "must be local or ray")
-        _check(self.workers >= 0, "runtime.workers", self.workers, "must be 0 or more")
+        check(self.name in ("local", "ray"), "runtime.name", self.name, "must be local or ray")
+        check(self.workers >= 0, "runtime.workers", self.workers, "must be 0 or more")
 
 
 # ---------------------------------------------------------------------------- the run
@@ -568,20 +605,20 @@ class Config:
     """What carries the messages of a simulation."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.job in ("train", "worth_joining", "audit"),
             "job",
             self.job,
             "must be train, worth_joining or audit",
         )
-        _check(self.seed >= 0, "seed", self.seed, "must be 0 or more")
-        _check_positive("", rounds=self.rounds, evaluations=self.evaluations)
+        check(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        check_positive("", rounds=self.rounds, evaluations=self.evaluations)
         for key in ("federation", "purpose"):
-            _check(bool(getattr(self, key)), key, "", "must not be empty")
+            check(bool(getattr(self, key)), key, "", "must not be empty")
 
 
 GROUPS: dict[str, dict[str, type]] = {
-    "data": {"synthetic": SyntheticData, "table": TableData},
+    "data": {"synthetic": SyntheticData, "table": TableData, "criteo": CriteoData},
     "model": {
         "logistic": LogisticConfig,
         "mlp": MlpConfig,

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from conf.schema import DataConfig, SyntheticData, TableData
+from conf.schema import CriteoData, DataConfig, SyntheticData, TableData
+from journeys.criteo import as_table, read_criteo
 from journeys.decisions import decide
 from journeys.encode import encode
 from journeys.errors import JourneyDataError
@@ -40,9 +41,12 @@ def load_sites(config: DataConfig, seed: int) -> list[SiteJourneys]:
             site_journeys(name, touchpoints, decided[name], config)
             for name, touchpoints in _by_site(world.touchpoints).items()
         ]
-    if not isinstance(config, TableData):
+    if isinstance(config, CriteoData):
+        touchpoints, config = read_criteo(config), as_table(config)
+    elif isinstance(config, TableData):
+        touchpoints = read_touchpoints(config)
+    else:
         raise TypeError(f"no source of journeys for {type(config).__name__}")
-    touchpoints = read_touchpoints(config)
     if config.site_column is None:
         sites, alpha = config.dirichlet_sites, config.dirichlet_alpha
         touchpoints = partition(touchpoints, sites, alpha, seed)

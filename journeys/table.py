@@ -1,7 +1,7 @@
-"""Reads a touchpoint table, Parquet or CSV, into the encoded touchpoint frame.
+"""Reads touchpoint tables, Parquet, CSV or sites' stores, into the encoded touchpoint frame.
 
 The encoded touchpoint frame is what everything after the reader works on, one row a touchpoint,
-ordered by visitor, then time, then row of the table (`touchpoint_schema` gives its types):
+ordered by visitor, then time, then file and row (`touchpoint_schema` gives its types):
 
 - `visitor` UInt64: wyhash of the visitor id's text. A table without ids: each row is a visitor.
 - `time` Int64: UTC seconds since 1970, cut to the second. A table without times: 0.
@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import csv
 import difflib
+import glob
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from conf.schema import FeatureConfig, NumericColumn, TableData
 from journeys.errors import JourneyDataError
 from journeys.features import FIRST, OTHER, feature_spec
 from journeys.hashing import hash_text
+from journeys.store import MANIFEST, StoreError, read_manifest, verified
 
 EARLIEST = 631_152_000
 """1990-01-01 UTC in seconds: an earlier time is taken for an error."""
@@ -72,38 +74,27 @@ def touchpoint_schema(features: FeatureConfig, *, with_site: bool) -> pl.Schema:
 
 
 def read_touchpoints(config: TableData) -> pl.DataFrame:
-    """The encoded touchpoint frame of the table at `config.path`.
+    """The encoded touchpoint frame of what lies at `config.path`.
+
+    That is a `.parquet` or `.csv` file; a site's store (`journeys.store`), of which the files are
+    read that its manifest names; or a pattern of these, such as `sites/*/store`, which are read as
+    one table in the order of their names.
 
     A time without an offset is taken as UTC; a date alone is its midnight. A missing numeric value
     counts as 0 (after scaling), a missing category as `other`.
 
     Raises:
-        JourneyDataError: The file cannot be read, lacks a column, or holds a row that is none:
-            an empty visitor id or site, a time that is empty, not ISO 8601 or outside 1990 to
-            2100, a `converted` that is not true/false, 1/0 or yes/no, a number that is none or
-            not finite. Names the first such row and its column, never the value.
+        JourneyDataError: Nothing is there, a store is empty or damaged, a file cannot be read,
+            lacks a column, or holds a row that is none: an empty visitor id or site, a time that
+            is empty, not ISO 8601 or outside 1990 to 2100, a `converted` that is not true/false,
+            1/0 or yes/no, a number that is none or not finite. Names the file, the first such row
+            of it and its column, never the value.
     """
-    path = Path(config.path)
-    _refuse_unsound_parquet(path, _wanted(config))
-    try:
-        table = _scan(path)
-        types = table.collect_schema()
-        readings = _readings(config, types, path.name)
-        encoded = table.select(reading.value for reading in readings)
-        if config.columns.time:
-            sane = pl.col("time").is_between(EARLIEST, LATEST)
-            encoded = encoded.with_columns(time=pl.when(sane).then("time"))
-        frame = encoded.collect(engine="streaming")
-        _refuse_bad_rows(frame, table, readings, path.name)
-    except (PolarsError, PanicException, OSError):
-        # Polars' messages may quote cells.
-        raise _unreadable(path) from None
-    if frame.is_empty():
-        raise JourneyDataError(path.name, "has no rows")
-    frame = _with_derived(frame, config)
+    frame = pl.concat(_encoded(path, name, config) for path, name in _files(config))
+    frame = with_derived(frame, config)
     if config.features.channels and frame["channel"].max() == OTHER:
         raise JourneyDataError(
-            path.name,
+            Path(config.path).name,
             "no row has a channel of data.features.channels (upper and lower case differ)",
             column=config.columns.channel,
         )
@@ -131,6 +122,47 @@ def visitor_starts(visitor: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.flatnonzero(visitor[1:] != visitor[:-1]) + 1])
 
 
+# ---------------------------------------------------------------------------- finding
+
+
+def _files(config: TableData) -> Iterator[tuple[Path, str]]:
+    """Each file to read, once it is safe to decode, and what errors call it."""
+    asked = Path(config.path)
+    by_pattern = glob.has_magic(config.path) and not asked.exists()
+    found = sorted(glob.glob(config.path, recursive=True)) if by_pattern else [config.path]
+    if not found:
+        raise JourneyDataError(config.path, "no file and no store fits this pattern")
+    for path in map(Path, found):
+        if path.is_dir():
+            yield from ((part, str(part)) for part in _parts(path))
+        else:
+            name = str(path) if by_pattern else path.name
+            refuse_unsound_parquet(path, _wanted(config), name)
+            yield path, name
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    """The files of the store in `folder`, each as it was written."""
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        raise JourneyDataError(str(folder), f"is a folder without {MANIFEST}, so no site's store")
+    try:
+        parts = read_manifest(folder).parts
+    except StoreError as error:
+        raise _damaged(manifest, error) from None
+    if not parts:
+        raise JourneyDataError(str(folder), "the store holds no visits; ingest some first")
+    for part in parts:
+        try:
+            yield verified(folder, part)
+        except StoreError as error:
+            raise _damaged(folder / part.file, error) from None
+
+
+def _damaged(path: Path, error: StoreError) -> JourneyDataError:
+    return JourneyDataError(str(path), str(error).removeprefix(f"{path}: "))
+
+
 # ---------------------------------------------------------------------------- reading
 
 
@@ -145,12 +177,39 @@ class _Reading:
     """What may be wrong with a cell, and where it is. Looked at only once a cell is bad."""
 
 
-def _scan(path: Path) -> pl.LazyFrame:
+def _encoded(path: Path, name: str, config: TableData) -> pl.DataFrame:
+    """The rows of one file, in its order, without the derived columns."""
+    try:
+        frame = encode_rows(_scan(path, name), config, name)
+    except (PolarsError, PanicException, OSError):
+        # Polars' messages may quote cells.
+        raise _unreadable(path, name) from None
+    if frame.is_empty():
+        raise JourneyDataError(name, "has no rows")
+    return frame
+
+
+def encode_rows(table: pl.LazyFrame, config: TableData, name: str) -> pl.DataFrame:
+    """The rows of `table`, which errors call `name`, in its order, without the derived columns.
+
+    Raises `JourneyDataError` for a bad row, and what polars raises.
+    """
+    readings = _readings(config, table.collect_schema(), name)
+    encoded = table.select(reading.value for reading in readings)
+    if config.columns.time:
+        sane = pl.col("time").is_between(EARLIEST, LATEST)
+        encoded = encoded.with_columns(time=pl.when(sane).then("time"))
+    frame = encoded.collect(engine="streaming")
+    _refuse_bad_rows(frame, table, readings, name)
+    return frame
+
+
+def _scan(path: Path, name: str) -> pl.LazyFrame:
     if path.suffix == ".parquet":
         return pl.scan_parquet(path, glob=False)
     if path.suffix == ".csv":
         return pl.scan_csv(path, infer_schema=False, glob=False)
-    raise JourneyDataError(path.name, "must be a .parquet or a .csv file")
+    raise JourneyDataError(name, "must be a .parquet or a .csv file, or a site's store")
 
 
 def _wanted(config: TableData) -> list[str]:
@@ -217,7 +276,7 @@ def _read_time(column: str, types: pl.Schema, file: str) -> _Reading:
     kind = types[column]
     cell = pl.col(column)
     if isinstance(kind, pl.String):
-        seconds = _iso_seconds(cell)
+        seconds = iso_seconds(cell)
     elif isinstance(kind, (pl.Datetime, pl.Date)):
         # Polars counts a zoned time in UTC, and one without a zone is taken as UTC.
         seconds = cell.dt.epoch("s")
@@ -234,8 +293,8 @@ def _read_time(column: str, types: pl.Schema, file: str) -> _Reading:
     )
 
 
-def _iso_seconds(cell: pl.Expr) -> pl.Expr:
-    """UTC seconds of ISO 8601 text, by parts; null where it is none."""
+def iso_seconds(cell: pl.Expr) -> pl.Expr:
+    """UTC seconds of ISO 8601 text, by parts; null where it is none. Without an offset: as UTC."""
 
     def number(text: pl.Expr) -> pl.Expr:
         return text.cast(pl.Int64, strict=False).fill_null(0)
@@ -334,8 +393,10 @@ except Exception:
 """
 
 
-def _refuse_unsound_parquet(path: Path, columns: Sequence[str]) -> None:
+def refuse_unsound_parquet(path: Path, columns: Sequence[str], name: str | None = None) -> None:
     """Decode the columns in a process of their own, which a damaged file may kill.
+
+    Raises `JourneyDataError` if it does, with `name` in place of the file's own. Other files pass.
 
     One flipped byte can make polars ask for an exabyte, and then the whole process aborts. What
     the child survives with an ordinary exception, the reader names better.
@@ -345,15 +406,15 @@ def _refuse_unsound_parquet(path: Path, columns: Sequence[str]) -> None:
     # -P: no module of the working folder can stand in for polars.
     command = [sys.executable, "-P", "-c", _DECODE, str(path), *columns]
     if subprocess.run(command, capture_output=True, check=False).returncode:
-        raise _unreadable(path)
+        raise _unreadable(path, name or path.name)
 
 
-def _unreadable(path: Path) -> JourneyDataError:
+def _unreadable(path: Path, name: str) -> JourneyDataError:
     """The error for a file that polars cannot read, with the row where that is to be found."""
     if not path.is_file():
-        return JourneyDataError(path.name, "no such file")
+        return JourneyDataError(name, "no such file")
     if path.suffix == ".parquet":
-        return JourneyDataError(path.name, "is not a sound Parquet file")
+        return JourneyDataError(name, "is not a sound Parquet file")
     try:
         with path.open(encoding="utf-8", newline="") as lines:
             rows = csv.reader(lines)
@@ -361,18 +422,19 @@ def _unreadable(path: Path) -> JourneyDataError:
             for number, row in enumerate(rows, start=1):
                 if len(row) > len(header):
                     problem = f"has {len(row)} fields, the header has {len(header)}"
-                    return JourneyDataError(path.name, problem, row=number)
+                    return JourneyDataError(name, problem, row=number)
     except UnicodeDecodeError:
-        return JourneyDataError(path.name, "is not UTF-8 text")
+        return JourneyDataError(name, "is not UTF-8 text")
     except (csv.Error, OSError):
         pass
-    return JourneyDataError(path.name, "is not a sound CSV file with a header line")
+    return JourneyDataError(name, "is not a sound CSV file with a header line")
 
 
 # ---------------------------------------------------------------------------- derived columns
 
 
-def _with_derived(frame: pl.DataFrame, config: TableData) -> pl.DataFrame:
+def with_derived(frame: pl.DataFrame, config: TableData) -> pl.DataFrame:
+    """The encoded rows of a whole table, as `touchpoint_schema` says, not yet in order."""
     if not config.columns.time:
         frame = frame.with_columns(time=pl.lit(0, pl.Int64))
     if config.features.clock:

@@ -275,17 +275,15 @@ class Ledger:
     ) -> float:
         """A visitor's privacy loss by everything reserved so far, and by `also`, at `delta`.
 
-        Guarantee: all of it together is (epsilon, delta)-differentially private under add or remove
-        one visitor. A visitor is in one population, so the loss is the largest over populations
-        (parallel composition); within one, all releases compose. With `run`, of that run alone.
+        Guarantee: `visitor_epsilon` of all of it. With `run`, of that run alone.
         """
-        more = tuple(also)
-        return max(
-            epsilon(
-                [*self.events(half, run), *(r.event for r in more if r.population == half)], delta
-            )
-            for half in get_args(Population)
-        )
+        before = [
+            release
+            for entry in self.entries()
+            if run is None or entry.request.run == run
+            for release in entry.request.releases
+        ]
+        return visitor_epsilon([*before, *also], delta)
 
     @property
     def head(self) -> tuple[int, str]:
@@ -338,6 +336,20 @@ class Ledger:
         os.pwrite(self._lock, _head_line(*self.head), 0)
         if self._durable:
             _sync(self._lock)
+
+
+def visitor_epsilon(releases: Iterable[Release], delta: float) -> float:
+    """A visitor's privacy loss by all `releases`, at `delta`.
+
+    Guarantee: all of it together is (epsilon, delta)-differentially private under add or remove one
+    visitor. A visitor is in one population, so the loss is the largest over populations (parallel
+    composition); within one, all releases compose.
+    """
+    every = tuple(releases)
+    return max(
+        epsilon([release.event for release in every if release.population == half], delta)
+        for half in get_args(Population)
+    )
 
 
 # Not every system has the faster one, which leaves the file's times unsynced.

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -20,6 +21,18 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RUN_FOLDER = "runs/2026-11-24_16-00-00"
 """The run folder that the README's examples name."""
+
+CLIENT = {
+    "init": "acme: a new site",
+    "check": "source: files can be read",
+    "ingest": "stored",
+    "kpis": "paid search",
+    "forget": "visits deleted: 6",
+    "score": "scores.parquet: 198 visitors",
+    "budget": "epsilon",
+    "audit": "whole; ",
+}
+"""What each command of a site says, among other things."""
 
 FASTER = {
     "synthetic": ["data.sites=2", "data.visitors=150", "rounds=2", "optimizer.local_epochs=1"],
@@ -76,6 +89,26 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def prepare_site(folder: Path) -> None:
+    """The site of the examples, set up as the README shows it, with an export to read."""
+    (folder / "acme" / "site.yaml").write_text(blocks("yaml")[0])
+    SitePolicy.load(folder / "acme" / "policy.yaml")
+    now = int(time.time())
+    visits = pl.DataFrame({"number": range(600)}).select(
+        visitor=pl.format("v{}", pl.col("number") % 200),
+        began=pl.from_epoch(now - 86400 - pl.col("number") * 3600).dt.strftime("%FT%TZ"),
+        utm_source=pl.lit("google"),
+        utm_medium=(pl.col("number") % 3).replace_strict({0: "cpc"}, default="organic"),
+        device=pl.lit("mobile"),
+        bought=pl.col("number") % 9 == 0,
+        revenue=pl.lit(10),
+        consent=pl.lit("yes"),
+    )
+    (folder / "acme" / "export").mkdir()
+    visits.write_csv(folder / "acme" / "export" / "visits.csv")
+    (folder / "ids.txt").write_text("v7\nv8\n")
+
+
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
     if words[:3] == ["python", "-m", "client"]:
@@ -116,10 +149,17 @@ def interrupted(workplace: Path) -> Path:
 def test_a_command_of_the_readme_works(command: str, workplace: Path, interrupted: Path) -> None:
     if "runtime=ray" in command:
         pytest.importorskip("ray", reason="needs Ray: pip install -e '.[simulation]'")
+    of_site = "acme" in command and " init " not in command
+    if of_site and not (workplace / "acme").exists():
+        run("python -m client init acme", workplace)
+        prepare_site(workplace)
+        run("python -m client ingest acme", workplace)
     ended = run(command, workplace)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     if "-m client" in command:
-        assert "0.sqlite" in ended.stdout or "epsilon" in ended.stdout
+        assert CLIENT[command.split()[3]] in ended.stdout
+        if " init " in command:
+            prepare_site(workplace)
         return
     report = Path(re.findall(r"^report: (.+)$", ended.stdout, flags=re.MULTILINE)[-1])
     assert (workplace / report).read_text().startswith("<!doctype html>")
@@ -170,6 +210,6 @@ def test_files_that_the_readme_links_exist() -> None:
 
 
 def test_the_policy_of_the_readme_is_one(tmp_path: Path) -> None:
-    (policy,) = blocks("yaml")
+    _, policy = blocks("yaml")
     (tmp_path / "policy.yaml").write_text(policy)
     assert SitePolicy.load(tmp_path / "policy.yaml").run_epsilon == 3.0

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import pytest
 from client.__main__ import main
 from privacy.accountant import PrivacyEvent, epsilon
 from privacy.ledger import Ledger, Release, Request, Reservation
+from tests.visits import SITE, csv_row, export
+
+ROOT = Path(__file__).parents[2]
 
 COUNT = Release("count", "train", PrivacyEvent(20.0))
 WEIGHTS = Release("weights", "train", PrivacyEvent(1.1, 0.04, 25))
@@ -138,3 +143,73 @@ def test_a_policy_that_cannot_be_read_is_named(
     with pytest.raises(SystemExit):
         main(["budget", str(site)])
     assert "policy.yaml: " in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ the commands of a site
+
+
+def client(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "client", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_site_from_its_beginning_to_an_erasure(tmp_path: Path) -> None:
+    made = client(tmp_path, "init", "acme")
+    assert made.returncode == 0, made.stderr
+    assert "next: python -m client check acme" in made.stdout
+    again = client(tmp_path, "init", "acme")
+    assert again.returncode == 2
+    assert "acme: is a site already" in again.stderr
+
+    (tmp_path / "acme" / "site.yaml").write_text(SITE)
+    days = [time.strftime("%Y-%m-%d", time.gmtime(time.time() - day * 86400)) for day in (2, 1)]
+    visits = [csv_row(number, time=f"{days[number % 2]}T10:00:00Z") for number in range(50)]
+    export(tmp_path / "acme", "1.csv", [*visits, csv_row(99, consent="no")])
+    checked = client(tmp_path, "check", "acme")
+    assert checked.returncode == 0, checked.stdout
+    assert ["left out: consent", "1"] in rows(checked.stdout)
+    assert ["would be stored", "50"] in rows(checked.stdout)
+    assert f"{days[0]} to {days[1]}; 7 visitors; conversion rate 20.00% of visits" in checked.stdout
+    assert ["paid search", "25", "50.0%", "20.00%"] in rows(checked.stdout)
+
+    assert ["stored", "50"] in rows(client(tmp_path, "ingest", "acme").stdout)
+    assert ["stored", "0"] in rows(client(tmp_path, "ingest", "acme").stdout)
+    shown = rows(client(tmp_path, "kpis", "acme").stdout)
+    assert shown[-1][1:6] == ["all", "50", "7", "10", "20.00%"]
+
+    (tmp_path / "ids.txt").write_text("visitor 3\n")
+    forgotten = client(tmp_path, "forget", "acme", "--visitor-file", "ids.txt")
+    assert forgotten.returncode == 0, forgotten.stderr
+    assert "visits deleted: 7" in forgotten.stdout
+    assert "nothing was released while they were stored" in forgotten.stdout
+    audited = client(tmp_path, "audit", "acme")
+    assert "audit.jsonl: whole; 6 events" in audited.stdout
+
+    (tmp_path / "acme" / "audit.head").write_text("1 0\n")
+    assert client(tmp_path, "audit", "acme").returncode == 1
+    assert client(tmp_path, "check", "acme").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ingest", "nowhere"], "nowhere/site.yaml: cannot be read"),
+        (["kpis", "nowhere"], "nowhere/store: no store of visits"),
+        (["forget", "nowhere", "--visitor-file", "nix"], "nix: cannot be read"),
+        (["score", "nowhere", "--model", "m.safetensors", "--out", "s.csv"], "m.safetensors"),
+        (["score", "nowhere", "--model", "m", "--out", "s.csv", "--at", "noon"], "ISO 8601"),
+        (["check"], "the following arguments are required: site"),
+        (["chek", "acme"], "invalid choice"),
+    ],
+)
+def test_a_mistake_of_a_site_is_one_line(tmp_path: Path, words: list[str], message: str) -> None:
+    ended = client(tmp_path, *words)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -16,7 +16,8 @@ FILES = sorted((ROOT / "conf").glob("*/*.yaml"))
 
 def choice(file: Path) -> list[str]:
     """The override that asks for a group's file, with what the file leaves to the user."""
-    needs_path = "/schema/data/table@" in file.read_text()
+    text = file.read_text()
+    needs_path = "/schema/data/table@" in text or "/schema/data/criteo@" in text
     return [f"{file.parent.name}={file.stem}", *(["data.path=t.parquet"] if needs_path else [])]
 
 

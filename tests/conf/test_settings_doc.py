@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from conf import __main__ as settings_doc
-from conf import schema
+from conf import schema, site
 from conf.schema import GROUPS, Config
+from conf.site import SOURCES, SiteConfig
 
 ROOT = Path(__file__).parents[2]
 SCHEMA_CLASSES = [
     node
-    for _, node in inspect.getmembers(schema, inspect.isclass)
-    if is_dataclass(node) and node.__module__ == schema.__name__
+    for module in (schema, site)
+    for _, node in inspect.getmembers(module, inspect.isclass)
+    if is_dataclass(node) and node.__module__ == module.__name__
 ]
 
 
@@ -62,6 +64,9 @@ def test_every_field_of_every_choice_is_on_the_page() -> None:
         for node in choices.values():
             keys += [row[0] for row in settings_doc._rows(node, f"{group}.")]
     assert len(set(keys)) > 60
+    keys += [row[0] for row in settings_doc._rows(SiteConfig, "")]
+    for source in SOURCES.values():
+        keys += [row[0] for row in settings_doc._rows(source, "source.")]
     for key in keys:
         assert f"| {key} |" in page
 

@@ -1,0 +1,1 @@
+"""Where a site gets its visits from."""
