@@ -56,11 +56,7 @@ _FIGURES = (
 
 
 def kpis(store: Store, lookback_days: float = 30) -> pl.DataFrame:
-    """The figures of a store, shaped as `KPIS`: by month, totals last; empty for an empty store.
-
-    Raises:
-        StoreError: A file of the store is damaged.
-    """
+    """The figures of a store, shaped as `KPIS`: by month, totals last; empty for an empty store."""
     # A number takes a fifth of the memory; among 10 million, two share one at odds of 3e-6.
     visits = store.visits().with_columns(visitor=hash_text(pl.col("visitor_id")))
     figures = _by_month_and_channel(visits, *_FIGURES)
@@ -70,7 +66,8 @@ def kpis(store: Store, lookback_days: float = 30) -> pl.DataFrame:
     )
     return (
         figures.join(lags, on=["month", "channel"], how="left")
-        .sort(pl.col("month") == ALL, "month", pl.col("channel") == ALL, "channel")
+        # `ALL` comes after every month as it is.
+        .sort("month", pl.col("channel") == ALL, "channel")
         .select(pl.col(name).cast(kind) for name, kind in KPIS.items())
     )
 

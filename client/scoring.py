@@ -35,8 +35,8 @@ def score(store: Path, model: Path, at: int) -> pl.DataFrame:
 
     Raises:
         SavedModelError: The model's files are damaged, or do not say its look-back.
-        JourneyDataError: The store is empty or damaged, or the model needs a column that it lacks.
-        StoreError: There is no store.
+        JourneyDataError: The store is empty, or the model needs a column that it lacks.
+        StoreError: There is no store, or it is damaged.
     """
     saved = load(model)
     _refuse_foreign_columns(saved.features, model.name)

@@ -11,7 +11,6 @@ from conf.schema import Config, VisitorDP
 from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import metrics
 from journeys.site import natural_order
-from models.saved import save
 from protocol.replies import Weights
 from server.history import EvaluationReport, History, band_record, metrics_record
 from server.statement import privacy_statement
@@ -39,6 +38,9 @@ def write_outcome(
     baselines: dict[str, ScoreHistogram],
 ) -> Outcome:
     """Write `model.safetensors`, `model.json`, `summary.json` and `report.html`."""
+    # Here, because it loads torch, for which the rounds have no use.
+    from models.saved import save
+
     rounds = [record for record in history.records if record["kind"] == "round"]
     spent = _last_epsilons(rounds, final)
     epsilon = max(spent.values(), default=None)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+import safetensors.numpy
 
 from conf.schema import Config, VisitorDP
 from journeys.features import feature_spec
-from models import registry
 from protocol.plan import RoundPlan
 from protocol.replies import SiteEvaluation, SiteFailure, Weights
+from protocol.stored import weights_to_bytes
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.federation import Federation
 from server.history import EvaluationReport, History, RoundReport
@@ -106,8 +111,34 @@ def evaluated_after(config: Config) -> set[int]:
 
 
 def initial_weights(config: Config) -> Weights:
-    """The untrained model, drawn from the run's seed."""
-    return registry.initial_weights(config.model, feature_spec(config.data.features), config.seed)
+    """The untrained model, drawn from the run's seed.
+
+    Drawn in a process of its own, unless this one has torch loaded: that takes 140 MB, for which a
+    coordinator has no other use.
+    """
+    if "torch" in sys.modules:
+        return safetensors.numpy.load(_drawn(config))
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_draw, args=(theirs, config))
+    process.start()
+    theirs.close()
+    try:
+        return safetensors.numpy.load(ours.recv_bytes())
+    finally:
+        process.join()
+        ours.close()
+
+
+def _draw(connection: Connection, config: Config) -> None:
+    connection.send_bytes(_drawn(config))
+
+
+def _drawn(config: Config) -> bytes:
+    from models.registry import initial_weights
+
+    spec = feature_spec(config.data.features)
+    return weights_to_bytes(initial_weights(config.model, spec, config.seed))
 
 
 def _evaluate(

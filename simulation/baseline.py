@@ -9,9 +9,6 @@ from evaluation.histogram import ScoreHistogram
 from journeys.examples import Examples
 from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
-from models.registry import build
-from models.score import logits
-from models.weights import set_weights
 from protocol.replies import Weights
 
 
@@ -52,6 +49,11 @@ def exact_counts(
     sites: list[SiteJourneys], config: ModelConfig, spec: FeatureSpec, weights: Weights
 ) -> ScoreHistogram:
     """Scores of the model itself on all held-out visitors, without the noise of a release."""
+    # Here, because they load torch, for which the rounds have no use.
+    from models.registry import build
+    from models.score import logits
+    from models.weights import set_weights
+
     model = build(config, spec)
     set_weights(model, weights)
     histograms = [

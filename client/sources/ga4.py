@@ -400,17 +400,14 @@ def _largest(times: pl.Series) -> int:
 
 
 def _parts(given: pl.DataFrame, rows: int) -> Iterator[tuple[pl.DataFrame, int | None]]:
-    """`given` in parts of about `rows`, none split at one time of `last`, and the next part's
-    first `last`; None with the last part, which comes in any case.
+    """`given` in parts of `rows`, and `last` of the next part's first; None with the last part.
+
+    The last part comes in any case, be it empty.
     """
-    last = given["last"]
     start = 0
     while start + rows < len(given):
-        end = int(last.search_sorted(last[start + rows - 1], "right"))
-        if end == len(given):
-            break
-        yield given[start:end], last[end]
-        start = end
+        yield given[start : start + rows], given["last"][start + rows]
+        start += rows
     yield given[start:], None
 
 

@@ -228,3 +228,33 @@ def test_a_killed_command_resumes_to_the_same_end(tmp_path: Path) -> None:
 
     assert_same(killed, whole)
     assert ledgers(killed) == ledgers(whole)
+
+
+def test_the_coordinator_loads_no_torch_while_rounds_go_on(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from conf.compose import load
+from journeys.sites import load_sites
+from simulation.run import federate
+
+if __name__ == "__main__":
+    config = load(["data.sites=2", "data.visitors=60", "rounds=1", "model=logistic"])
+    federate(config, load_sites(config.data, 0), Path(sys.argv[1]), lambda _: None)
+    assert "torch" not in sys.modules
+    from server.rounds import initial_weights
+    apart = initial_weights(config)
+    import torch
+    here = initial_weights(config)
+    assert apart.keys() == here.keys()
+    assert all((apart[name] == here[name]).all() for name in here)
+"""
+    (tmp_path / "run.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

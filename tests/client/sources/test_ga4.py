@@ -231,12 +231,11 @@ def test_where_a_session_came_from(
     without: tuple[str, ...],
     told: tuple[str | None, ...],
 ) -> None:
+    later = {"collected_traffic_source": {"manual_source": "later"}}
     events = [
-        event(0, number=number, traffic_source=FIRST),
+        event(9, number=number, **(later if "collected_traffic_source" in columns else {})),
         event(5, number=number, traffic_source=FIRST, **columns),
-        event(9, number=number, collected_traffic_source={"manual_source": "later"})
-        if "collected_traffic_source" in columns
-        else event(9, number=number),
+        event(0, number=number, traffic_source=FIRST),
     ]
     write(tmp_path, "events_20260301.parquet", events, without)
     assert visits(read(tmp_path)).select("source", "medium", "campaign").row(0) == told

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
 
 from client.secret import SecretError
 from client.sources.source import VISITS, Batch, Cursor, SourceError
@@ -86,6 +87,8 @@ def test_the_database_is_opened_for_reading_only(tmp_path: Path) -> None:
     for query in ("SELECT 1; DROP TABLE visits", "WITH x AS (SELECT 1) DELETE FROM visits"):
         with pytest.raises(SourceError, match=r"^source\.query: "):
             read(tmp_path, query=query)
+    with pytest.raises(OperationalError), source(tmp_path)._engine.connect() as connection:
+        connection.exec_driver_sql("DELETE FROM visits")
     assert path.read_bytes() == before
     with pytest.raises(SourceError, match="no file none"):
         source(tmp_path, url="sqlite:///none.db")
