@@ -112,9 +112,11 @@ class Preparation:
 
     def _with_pseudonyms(self, visits: pl.DataFrame) -> pl.DataFrame:
         """Pseudonyms in place of visitors' ids, keyed numbers in place of visits'."""
-        campaign = pl.col("campaign").fill_null("")
-        said = pl.concat_str("visitor_id", "time", "channel", campaign, separator="\t")
-        visits = visits.with_columns(visit=pl.coalesce("visit_id", said)).drop("visit_id")
+        visits = visits.rename({"visit_id": "visit"})
+        if visits["visit"].null_count():
+            campaign = pl.col("campaign").fill_null("")
+            said = pl.concat_str("visitor_id", "time", "channel", campaign, separator="\t")
+            visits = visits.with_columns(pl.col("visit").fill_null(said))
         parts = []
         for key in self._keys.current():
             of_key = visits.filter(pl.col("time") >= key.since, pl.col("time") < key.until)
@@ -159,7 +161,7 @@ class Preparation:
         self._count_campaigns(visits)
         frequent = pl.col("campaign").is_in(self._named["campaign"].implode())
         # Within an hour the visits of a visitor stay in order, a second apart.
-        place = pl.int_range(pl.len()).over("visitor_id", "time").clip(0, HOUR - 1)
+        place = _places(visits).clip(0, HOUR - 1)
         return visits.select(
             site=pl.lit(self._config.name),
             visitor_id="visitor_id",
@@ -208,6 +210,16 @@ def oldest_kept(config: SiteConfig, now: int) -> int:
 
 def _utc(seconds: pl.Expr) -> pl.Expr:
     return pl.from_epoch(seconds, "s").cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+
+
+def _places(visits: pl.DataFrame) -> pl.Series:
+    """How many visits of the same visitor at the same time come before each."""
+    pairs = visits.select("visitor_id", "time").with_row_index()
+    # Most have none: to number these few takes a tenth of the time that it takes to number all.
+    several = pairs.filter(pl.struct("visitor_id", "time").is_duplicated())
+    numbered = several.select("index", place=pl.int_range(pl.len()).over("visitor_id", "time"))
+    places = pairs.select("index").join(numbered, on="index", how="left", maintain_order="left")
+    return places["place"].fill_null(0)
 
 
 def _consents(config: ConsentConfig) -> pl.Expr:

@@ -92,8 +92,8 @@ class Keys:
 
     def turn(self, now: int) -> None:
         """Add the key for today where it is due, and destroy those that are over."""
-        keys = [key for key in self._keys if key.until > now - self._retention]
-        last = self._keys[-1].until
+        keys = list(self._keys)
+        last = keys[-1].until
         # An hour ahead: a visit may begin so late by another machine's clock.
         while last <= now + 3600:
             keys.append(Key(last, last + self._rotation, secrets.token_hex(32)))

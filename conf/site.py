@@ -6,6 +6,7 @@ configuration. `conf.compose.site_from_yaml` reads it. Like `conf/schema.py`, pl
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,9 @@ class MatomoDbSource(SourceConfig):
     """The account; it needs SELECT on two tables only."""
     password_file: str = ""
     """File with the password, mode 0600, relative to the site's folder. Empty: no password."""
+    tls_ca: str = ""
+    """File with the certificate authority that vouches for the server, relative to the site's
+    folder; needed unless the server is on this machine."""
     database: str = "matomo"
     """Name of the database."""
     prefix: str = "matomo_"
@@ -107,12 +111,26 @@ class MatomoDbSource(SourceConfig):
                 "must be a custom dimension or variable, such as custom_dimension_1",
             )
         check(0 < self.port < 65_536, "source.port", self.port, "must be a port")
+        check(
+            bool(self.tls_ca) or _on_this_machine(self.host),
+            "source.tls_ca",
+            self.tls_ca,
+            "must name the file with the server's certificate authority, because "
+            f"source.host={self.host} is not this machine; or reach the server by a tunnel",
+        )
         check_positive("source", site_id=self.site_id, settle_minutes=self.settle_minutes)
 
     @property
     def tells_purposes(self) -> bool:
         """Whether visits list the purposes that were consented to."""
         return bool(self.purposes_column)
+
+
+def _on_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass

@@ -234,7 +234,8 @@ class Store:
     def _write(self, visits: pl.DataFrame, month: str, number: int | str, generation: int) -> Part:
         file = f"{month}/{number}.parquet"
         path = self._new(file)
-        visits.write_parquet(path)
+        # Pseudonyms do not compress: a higher level takes longer and saves nothing.
+        visits.write_parquet(path, compression_level=1)
         return Part(file, month, visits.height, _synced_hash(path), generation)
 
     def _sink(self, visits: pl.LazyFrame, month: str, number: int, merged: list[Part]) -> Part:

@@ -80,8 +80,11 @@ class Database:
 
 
 @contextlib.contextmanager
-def mariadb(folder: Path) -> Iterator[Database]:
-    """A new server with its data in `folder`; gone when the block ends, or this process."""
+def mariadb(folder: Path, *options: str) -> Iterator[Database]:
+    """A new server with its data in `folder`; gone when the block ends, or this process.
+
+    `options`: further ones of the server.
+    """
     server, install = (shutil.which(p, path=_PATH) for p in ("mariadbd", "mariadb-install-db"))
     if server is None or install is None:
         pytest.skip("MariaDB is not installed: apt-get install mariadb-server")
@@ -111,6 +114,7 @@ def mariadb(folder: Path) -> Iterator[Database]:
                 "--innodb-flush-log-at-trx-commit=0",
                 "--innodb-buffer-pool-size=256M",
                 "--local-infile=1",
+                *options,
             ],
             stdout=subprocess.DEVNULL,
             stderr=heard,
@@ -276,16 +280,16 @@ def load(database: Database, table: str, rows: pl.DataFrame | Sequence[dict[str,
 
 
 def random_visits(
-    count: int, *, seed: int = 0, days: int = 90
+    count: int, *, seed: int = 0, days: int = 90, until: int = 1_788_220_800, lift: float = 1
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows of log_visit and of log_conversion: `count` visits up to 1 September 2026.
+    """Rows of log_visit and of log_conversion: `count` visits that begin in `days` before `until`.
 
-    About a third as many visitors. Who comes by a campaign, and who came before, converts more
-    often.
+    `until` is in UTC seconds, else 1 September 2026. About a third as many visitors. Who comes by
+    a campaign, and who came before, converts more often; the larger `lift`, the more so.
     """
     draw = np.random.default_rng(seed)
     visitor = draw.integers(0, max(1, count // 3), count)
-    begin = np.sort(draw.integers(0, days * 86400, count)) + 1_788_220_800 - days * 86400
+    begin = np.sort(draw.integers(0, days * 86400, count)) + until - days * 86400
     duration = np.minimum(draw.exponential(240, count), 7200).astype(np.int64)
     referrer = draw.choice([1, 2, 3, 6, 7], count, p=[0.3, 0.3, 0.1, 0.2, 0.1])
     campaign = draw.integers(0, 12, count)
@@ -304,7 +308,7 @@ def random_visits(
         }
     ).with_columns(visitor_count_visits=pl.int_range(1, pl.len() + 1).over("visitor"))
     before = np.minimum(visits["visitor_count_visits"].to_numpy() - 1, 3)
-    chance = 0.02 + 0.06 * (referrer == 6) + 0.03 * before
+    chance = 0.02 + lift * (0.06 * (referrer == 6) + 0.03 * before)
     converted = visits.filter(draw.random(count) < chance)
     named = {1: None, 2: "Google", 3: "example.org", 7: "Facebook"}
     is_campaign = pl.col("referer_type") == 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from client.sources.source import Source
+from client.sources.source import Source, SourceError
 from conf.site import (
     CriteoSource,
     FilesSource,
@@ -20,9 +20,18 @@ def open_source(config: SourceConfig, folder: Path) -> Source:
     """The source that `config` describes; its relative paths are meant from `folder`.
 
     Raises:
-        SourceError: A library that it needs is not installed.
+        SourceError: A library that it needs is not installed, or its settings cannot be used.
         SecretError: Its password or token cannot be used.
     """
+    try:
+        return _opened(config, folder)
+    except ModuleNotFoundError as error:
+        raise SourceError(
+            f"source.name={config.name}: {error.name} is missing; pip install -e '.[site]'"
+        ) from error
+
+
+def _opened(config: SourceConfig, folder: Path) -> Source:
     # Each import is paid by those who use it.
     match config:
         case MatomoDbSource():

@@ -147,6 +147,18 @@ def test_what_is_kept_is_the_closed_list_and_nothing_of_the_visitor(folder: Site
         assert "secret" not in str(table.rows())
 
 
+def test_a_bounce_is_a_visit_of_one_action_at_most(folder: SiteFolder) -> None:
+    pages = [0, 1, 2, None]
+    rows = [{"page_views": count, "time": NOW - place} for place, count in enumerate(pages)]
+    found = prepare(folder, *rows).visits.sort("time", descending=True)
+    assert dict(zip(found["page_views"], found["bounced"], strict=True)) == {
+        0: True,
+        1: True,
+        2: False,
+        None: None,
+    }
+
+
 def test_the_pseudonym_is_the_hmac_of_the_id_by_the_sites_key(folder: SiteFolder) -> None:
     (key,) = folder.keys(config()).current()
     (row,) = prepare(folder, {"visitor_id": "ada"}).visits.rows(named=True)
@@ -162,14 +174,17 @@ def test_times_are_hours_and_visits_within_one_stay_in_order(folder: SiteFolder)
         {"time": hour + 10, "visit_id": "a", "page_views": 1},
         {"time": hour + 2000, "visit_id": "b", "page_views": 2},
         {"time": hour + 3599, "visit_id": "d", "page_views": 4, "visitor_id": "bob"},
+        {"time": hour + 5000, "visit_id": "f", "page_views": 5},
+        {"time": hour + 4000, "visit_id": "e", "page_views": 4},
+        {"time": hour + 7200, "visit_id": "g", "page_views": 6},
     )
     found = prepared.visits.select(pl.col("time").dt.epoch("s") - hour, "page_views", "visitor_id")
     ada, bob = (
         found.filter(pl.col("visitor_id") == v)
         for v in found["visitor_id"].unique(maintain_order=True)
     )
-    assert ada["time"].to_list() == [0, 1, 2]
-    assert ada["page_views"].to_list() == [1, 2, 3]
+    assert ada["time"].to_list() == [0, 1, 2, 3600, 3601, 7200]
+    assert ada["page_views"].to_list() == [1, 2, 3, 4, 5, 6]
     assert bob["time"].to_list() == [0]
 
 
@@ -194,7 +209,9 @@ def test_a_campaign_of_few_visitors_shares_a_bucket(folder: SiteFolder) -> None:
 
 def test_visitors_count_once_and_over_batches(folder: SiteFolder) -> None:
     preparing = preparation(folder, config())
-    one = preparing.prepare(visits(*followers("spring", "aaab")[1:]))
+    often = [row | {"time": NOW - number} for number, row in enumerate(followers("spring", "aaab"))]
+    one = preparing.prepare(visits(*often))
+    assert one.visits.height == 4
     assert set(one.visits["campaign"]) == {RARE}
     assert one.tables["pending"].height == 2
     two = preparing.prepare(visits(*followers("spring", "bc")))
@@ -237,6 +254,7 @@ def test_without_a_visit_id_the_same_visitor_and_time_is_the_same_visit(
 ) -> None:
     rows = [{"visitor_id": "a"}, {"visitor_id": "a"}, {"visitor_id": "b"}]
     assert prepare(folder, *rows).visits.height == 2
+    assert prepare(folder, *rows, {"visitor_id": "a", "visit_id": "7"}).visits.height == 3
 
 
 def test_a_pseudonym_changes_with_the_key(folder: SiteFolder) -> None:
@@ -249,7 +267,7 @@ def test_a_pseudonym_changes_with_the_key(folder: SiteFolder) -> None:
         .prepare(visits({"time": border - 1}, {"time": border}))
         .visits
     )
-    assert found["visitor_id"].n_unique() == 2
+    assert found["visitor_id"].n_unique() == found.height == 2
 
 
 TEXT = st.one_of(st.none(), st.text(max_size=20))

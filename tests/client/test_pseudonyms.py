@@ -58,6 +58,11 @@ def test_a_key_turns_when_it_is_due_and_goes_when_its_visits_are_gone(folder: Pa
     keys = Keys(folder, 100, 90)
     keys.turn(NOW + 99 * DAY)
     assert len(keys.current()) == 1
+    keys.turn(NOW + 100 * DAY - 3601)
+    assert len(keys.current()) == 1
+    # A visit may begin an hour ahead of our clock.
+    keys.turn(NOW + 100 * DAY - 3600)
+    assert len(keys.current()) == 2
     keys.turn(NOW + 100 * DAY)
     first, second = keys.current()
     assert first.until == second.since

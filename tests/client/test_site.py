@@ -413,7 +413,7 @@ def test_promise_12_a_weaker_plan_is_refused_unread(
 TRAINING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "weights": ({}, {"releases": ("count",)}, "release=weights"),
     "noise": ({}, {"min_noise_multiplier": 5.0}, "noise multiplier of weights"),
-    "sample rate": ({"optimizer": OptimizerConfig(batch_size=150)}, {}, "sample rate=1"),
+    "sample rate": ({"optimizer": OptimizerConfig(batch_size=100_000)}, {}, "sample rate=1"),
     "steps": ({"optimizer": OptimizerConfig(batch_size=32, local_epochs=9.0)}, {}, "steps="),
     "parameters": ({}, {"max_parameters": 3}, "model parameters="),
 }

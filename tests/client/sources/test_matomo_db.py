@@ -2,20 +2,21 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.secret import SecretError
 from client.sources.matomo_db import MatomoDb
 from client.sources.source import VISITS, Batch, SourceError
+from conf.schema import SettingError
 from conf.site import MatomoDbSource
 from tests.mariadb import (
     Database,
@@ -541,65 +542,140 @@ def test_a_connection_that_is_lost(database: Database, tmp_path: Path) -> None:
     assert good.visits.height + rest.height == 8
 
 
-def test_without_its_library_it_says_what_to_install() -> None:
-    code = (
-        "import sys; sys.modules['pymysql'] = None\n"
-        "from client.sources.source import SourceError\n"
-        "try: import client.sources.matomo_db\n"
-        "except SourceError as error: print(error)"
-    )
-    root = Path(__file__).parents[3]
-    said = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert "pip install pymysql" in said.stdout
+# ---------------------------------------------------------------------------- TLS
 
 
-# ---------------------------------------------------------------------------- anything at all
+class Authority:
+    """A certificate authority, as a site would have one for its database."""
 
+    def __init__(self, name: str) -> None:
+        self._name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        own = x509.BasicConstraints(ca=True, path_length=None)
+        self.certificate = self._signed(self._name, self._key, own, days=9)
 
-def test_whatever_the_tables_hold_is_a_visit_or_a_skip(database: Database, tmp_path: Path) -> None:
-    database.execute(
-        "ALTER TABLE matomo_log_visit MODIFY idvisitor varbinary(8) NULL, "
-        "MODIFY visit_total_time bigint NULL, MODIFY visit_total_actions bigint, "
-        "MODIFY visit_first_action_time datetime NULL, MODIFY config_device_type int, "
-        "MODIFY referer_type int"
-    )
-    source = opened(database, tmp_path)
-    number = st.none() | st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 15)
-    text = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=250)
-    row = st.fixed_dictionaries(
-        {
-            "idvisitor": st.none() | st.binary(max_size=8).map(bytes.hex),
-            "visit_first_action_time": st.none()
-            | st.datetimes().map(str)
-            | st.sampled_from(["0000-00-00", "2026-00-00", "2026-06-01 12:00:00"]),
-            "visit_total_time": number,
-            "visit_total_actions": number,
-            "visitor_count_visits": number,
-            "referer_type": number,
-            "referer_name": text,
-            "config_device_type": number,
-            "location_country": text,
-            "campaign_name": text,
-            "campaign_keyword": text,
-        }
-    )
-
-    @given(rows=st.lists(row, min_size=1, max_size=30))
-    @settings(max_examples=60, deadline=None)
-    def whatever(rows: list[dict[str, Any]]) -> None:
-        database.execute("TRUNCATE matomo_log_visit")
-        load(
-            database, "matomo_log_visit", [a_visit(n, **row) for n, row in enumerate(rows, start=1)]
+    def issue(self, host: str, folder: Path, *, days: int = 9) -> list[str]:
+        """The options of a server that is `host`, until so many days from now."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
+        hosts = x509.SubjectAlternativeName([x509.DNSName(host)])
+        (folder / "server.pem").write_bytes(self._signed(name, key, hosts, days))
+        (folder / "server.key").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
         )
-        [batch] = source.batches(None, NOW)
-        assert batch.rows == len(rows)
-        assert batch.visits.schema == VISITS
-        assert batch.visits.height + sum(s.count for s in batch.skipped) == len(rows)
-        needed = batch.visits.select("visitor_id", "visit_id", "time", "converted", "revenue")
-        assert needed.null_count().sum_horizontal().item() == 0
-        for visit_id, campaign in batch.visits.select("visit_id", "campaign").iter_rows():
-            assert campaign == (rows[int(visit_id) - 1]["campaign_name"] or None)
+        return [f"--ssl-cert={folder}/server.pem", f"--ssl-key={folder}/server.key"]
 
-    whatever()
+    def _signed(
+        self,
+        name: x509.Name,
+        key: ec.EllipticCurvePrivateKey,
+        extension: x509.ExtensionType,
+        days: int,
+    ) -> bytes:
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=99))
+            .not_valid_after(now + timedelta(days=days))
+            .add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        )
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority("our authority")
+
+
+@pytest.fixture(scope="module")
+def encrypted(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """A server with a certificate for `localhost`, and an account that comes by TLS alone."""
+    folder = tmp_path_factory.mktemp("encrypted")
+    with mariadb(folder, *authority.issue("localhost", folder)) as database:
+        matomo_schema(database)
+        reader(database, "reader", PASSWORD)
+        database.execute("ALTER USER reader REQUIRE SSL")
+        load(database, "matomo_log_visit", [a_visit(1)])
+        yield database
+
+
+def trusting(server: Database, folder: Path, authority: Authority, **settings: Any) -> MatomoDb:
+    (folder / "ca.pem").write_bytes(authority.certificate)
+    settings = {"host": "localhost", "tls_ca": "ca.pem", **settings}
+    return opened(server, folder, password_file=password_file(folder), **settings)
+
+
+def test_by_tls(encrypted: Database, authority: Authority, tmp_path: Path) -> None:
+    source = trusting(encrypted, tmp_path, authority)
+    source.check()
+    assert visits_of(list(source.batches(None, NOW)))["visit_id"].to_list() == ["1"]
+
+
+def test_whose_certificate_is_another_authority_s(encrypted: Database, tmp_path: Path) -> None:
+    # Of the same name, as an impostor's would be.
+    message = refused(trusting(encrypted, tmp_path, Authority("our authority")))
+    assert "its certificate is refused" in message
+    assert "source.tls_ca must be the authority that signed it" in message
+
+
+def test_whose_certificate_is_for_another_host(
+    encrypted: Database, authority: Authority, tmp_path: Path
+) -> None:
+    message = refused(trusting(encrypted, tmp_path, authority, host="127.0.0.1"))
+    assert "its certificate is refused" in message
+    assert "mismatch" in message
+
+
+def test_whose_certificate_is_over(authority: Authority, tmp_path: Path) -> None:
+    options = authority.issue("localhost", tmp_path, days=-1)
+    with mariadb(tmp_path, *options) as database:
+        assert "has expired" in refused(trusting(database, tmp_path, authority))
+
+
+def test_no_password_goes_to_a_server_without_tls(
+    database: Database, authority: Authority, tmp_path: Path
+) -> None:
+    reader(database, "reader", PASSWORD)
+    assert "the server offers no TLS" in refused(trusting(database, tmp_path, authority))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "source.tls_ca=ca: cannot be read: No such file"),
+        (b"", "source.tls_ca=ca: holds no certificate"),
+        (b"\0\xff secret", "source.tls_ca=ca: holds no certificate"),
+        (
+            b"-----BEGIN CERTIFICATE-----\nMIIBszCCAVmgAwIB\n-----END CERTIFICATE-----\n",
+            "source.tls_ca=ca: holds no certificate",
+        ),
+    ],
+)
+def test_an_authority_that_is_none(
+    database: Database, tmp_path: Path, content: bytes | None, told: str
+) -> None:
+    if content is not None:
+        (tmp_path / "ca").write_bytes(content)
+    message = refused(opened(database, tmp_path, tls_ca="ca"))
+    assert told in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize("host", ["db.example.org", "10.0.0.7", "localhost.example.org", "::2", ""])
+def test_a_server_elsewhere_needs_an_authority(host: str) -> None:
+    with pytest.raises(SettingError, match=r"^source.tls_ca=: must name .* by a tunnel$"):
+        MatomoDbSource(user="reader", host=host)
+    MatomoDbSource(user="reader", host=host, tls_ca="ca.pem")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "::1"])
+def test_a_server_on_this_machine_needs_none(host: str) -> None:
+    MatomoDbSource(user="reader", host=host)
