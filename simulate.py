@@ -120,7 +120,10 @@ def main() -> None:
         if resumed:
             if len(arguments) > 1:
                 raise SettingError("resume= goes alone: the run folder holds its settings")
-            run(from_yaml(Path(resumed[0]) / "config.yaml"), Path(resumed[0]))
+            folder = Path(resumed[0])
+            # A run goes by its folder's name, at the sites too.
+            folder = folder if folder.name not in ("", "..") else folder.resolve()
+            run(from_yaml(folder / "config.yaml"), folder)
             return
         check_overrides(overrides)
         register()

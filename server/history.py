@@ -15,6 +15,7 @@ from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import Metrics, metrics
 from journeys.site import natural_order
 from protocol.replies import SiteEvaluation, SiteFailure, SiteUpdate
+from server.checkpoint import write_durably
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class History:
         self._path = path
         lines = path.read_text().splitlines()[:keep] if keep and path.exists() else []
         self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        path.write_text("".join(line + "\n" for line in lines))
+        write_durably(path, "".join(line + "\n" for line in lines).encode())
 
     def add(self, report: RoundReport | EvaluationReport) -> None:
         """Append one record."""

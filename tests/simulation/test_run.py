@@ -185,10 +185,10 @@ def command(folder: Path, *overrides: str) -> None:
     simulate_py(*tiny, f"hydra.run.dir={folder}", *overrides)
 
 
-def simulate_py(*arguments: str) -> None:
+def simulate_py(*arguments: str, cwd: Path = ROOT) -> None:
     done = subprocess.run(
-        [sys.executable, "simulate.py", *arguments],
-        cwd=ROOT,
+        [sys.executable, str(ROOT / "simulate.py"), *arguments],
+        cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,
@@ -223,7 +223,8 @@ def test_a_killed_command_resumes_to_the_same_end(tmp_path: Path) -> None:
     process.wait()
     assert not (killed / "summary.json").exists()
 
-    simulate_py(f"resume={killed}")
+    # From within: the run keeps its name, by which its ledgers know it.
+    simulate_py("resume=.", cwd=killed)
     simulate_py(*long, f"hydra.run.dir={whole}")
 
     assert_same(killed, whole)
