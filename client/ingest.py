@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from client.folder import SiteFolder
-from client.preparation import HOUR, Preparation, Prepared, oldest_kept
+from client.preparation import HOUR, PENDING, Preparation, Prepared, oldest_kept
 from client.sources.source import Batch, Cursor, Skipped
 from conf.schema import SettingError
 from conf.site import SiteConfig, SourceConfig
@@ -160,8 +160,12 @@ def _cursor(store: Store, meaning: dict[str, Any]) -> Cursor | None:
 
 
 def _expire(store: Store, config: SiteConfig, now: int) -> int:
-    oldest = datetime.fromtimestamp(oldest_kept(config, now), UTC)
-    return store.remove(pl.col("time") < oldest, {}, last_month=f"{oldest:%Y-%m}")
+    oldest = oldest_kept(config, now)
+    day = datetime.fromtimestamp(oldest, UTC)
+    pending = store.table("pending", PENDING)
+    kept = pending.filter(pl.col("time") >= oldest)
+    tables = {"pending": kept} if kept.height < pending.height else {}
+    return store.remove(pl.col("time") < day, tables, last_month=f"{day:%Y-%m}")
 
 
 def _log(folder: SiteFolder, store: Store, account: Account) -> None:

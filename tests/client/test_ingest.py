@@ -11,6 +11,7 @@ import pytest
 
 from client.folder import SiteFolder
 from client.ingest import Account, BadRowsError, ingest, try_out
+from client.preparation import PENDING
 from conf.schema import SettingError
 from journeys.store import StoreError
 from tests.visits import DAY, NOW, SITE, csv_row, export, site_with
@@ -66,6 +67,16 @@ def test_visits_past_retention_are_not_taken_and_deleted(folder: SiteFolder) -> 
     oldest = visits["time"].dt.epoch("s").min()
     assert isinstance(oldest, int)
     assert oldest > later - 396 * DAY
+
+
+def test_who_followed_a_rare_campaign_is_forgotten_with_their_visits(tmp_path: Path) -> None:
+    rows = [csv_row(number, campaign=f"c{number}") for number in range(14)]
+    folder = site_with(tmp_path / "acme", rows)
+    ingest(folder, NOW)
+    assert ingest(folder, NOW + 500 * DAY).rows == 0
+    with folder.store(read_only=True) as store:
+        assert store.table("pending", PENDING).is_empty()
+        assert store.manifest.rows == 0
 
 
 def test_a_visit_in_the_future_is_no_visit(folder: SiteFolder) -> None:
