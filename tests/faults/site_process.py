@@ -464,12 +464,14 @@ class Watched:
         Among the visitors that train, by `also` too.
         """
         losses = []
-        for kinds, events in ((("describe", "train"), [*also]), (("evaluate",), [])):
+        # The ledger's order: of kinds composed in another, the last digit may differ.
+        for kinds, more in ((("describe", "train"), also), (("evaluate",), ())):
+            events: list[PrivacyEvent] = []
             for (of, kind, round_), replies in self.left.items():
                 if kind in kinds and run in (None, of):
                     (event,) = set(self.ran[of, kind, round_])
                     events += [event] * len(replies)
-            losses.append(epsilon(events, DELTA))
+            losses.append(epsilon([*events, *more], DELTA))
         return max(losses)
 
     def recorded(self, run: str | None = None) -> float:
