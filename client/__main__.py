@@ -88,12 +88,13 @@ def _forget(options: argparse.Namespace, console: Console) -> None:
 
 
 def _score(options: argparse.Namespace, console: Console) -> None:
+    from client.folder import SiteFolder
     from client.scoring import score, write_scores
     from models.saved import SavedModelError
 
     at = _now() if options.at is None else options.at
     try:
-        scores = score(options.site / "store", options.model, at)
+        scores = score(SiteFolder(options.site).visits, options.model, at)
     except SavedModelError as error:
         raise ValueError(str(error)) from error
     write_scores(scores, options.out)
@@ -121,13 +122,14 @@ def _budget(options: argparse.Namespace, console: Console) -> None:
 
 
 def _audit(options: argparse.Namespace, console: Console) -> None:
-    from client.audit_log import AuditLog, AuditLogError
+    from client.audit_log import AuditLogError
+    from client.folder import SiteFolder
     from privacy.ledger import Ledger
 
     path = _ledger_file(options.site)
     records, hash_ = Ledger(path, read_only=True).head
     lines = [f"{path}: whole; {records} records, hash {hash_}"]
-    log = AuditLog(path.with_name("audit.jsonl"))
+    log = SiteFolder(path.parent).audit_log
     if log.path.exists():
         try:
             events = log.events()
@@ -175,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ledger_file(site: Path) -> Path:
-    return site / "ledger.sqlite" if site.is_dir() else site
+    from client.folder import SiteFolder
+
+    return SiteFolder(site).ledger if site.is_dir() else site
 
 
 def _time(text: str) -> int:

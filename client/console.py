@@ -48,7 +48,7 @@ def show_account(console: Console, account: Account, stored: str) -> None:
     table = Table("visits", title="Visits", title_justify="left")
     table.add_column("number", justify="right")
     table.add_row("read", f"{account.rows:,}")
-    for one in account.skipped.values():
+    for one in account.skipped:
         table.add_row(
             f"unreadable: {escape(one.reason)}, first {escape(one.first)}", f"{one.count:,}"
         )

@@ -79,15 +79,8 @@ def forget(folder: SiteFolder, ids: Sequence[str]) -> Receipt:
     with folder.store() as store:
         folder.audit_log.append("erasure begun", {"asked": len(ids)})
         pseudonyms = pl.Series([p for key in keys.current() for p in key.pseudonyms(forms)])
-        found = (
-            store.visits()
-            .filter(pl.col("visitor_id").is_in(pseudonyms.implode()))
-            .select(pl.col("visitor_id").n_unique())
-            .collect()
-            .item()
-        )
-        since = _first_generation(store, pseudonyms)
         gone = pl.col("visitor_id").is_in(pseudonyms.implode())
+        found, since = _find(store, gone)
         visits = store.remove(gone, _tables(store, keys, forms, gone))
         releases, bound, delta = _released_since(folder, since)
         receipt = Receipt(len(ids), found, visits, releases, bound, delta)
@@ -111,17 +104,16 @@ def _tables(
     }
 
 
-def _first_generation(store: Store, pseudonyms: pl.Series) -> int | None:
-    """The change of the store that brought the first of the visits; None without visits."""
-    theirs = pl.col("visitor_id").is_in(pseudonyms.implode())
-    return min(
-        (
-            part.generation
-            for part in store.manifest.parts
-            if store.part(part).select(theirs.any()).collect().item()
-        ),
-        default=None,
-    )
+def _find(store: Store, gone: pl.Expr) -> tuple[int, int | None]:
+    """How many pseudonyms have visits, and the change of the store that brought the first one."""
+    found: set[str] = set()
+    generations = []
+    for part in store.manifest.parts:
+        theirs = store.part(part).filter(gone).select("visitor_id").collect()["visitor_id"]
+        if len(theirs):
+            found |= set(theirs)
+            generations.append(part.generation)
+    return len(found), min(generations, default=None)
 
 
 def _released_since(

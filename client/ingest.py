@@ -12,7 +12,7 @@ import polars as pl
 
 from client.folder import SiteFolder
 from client.preparation import HOUR, PENDING, Preparation, Prepared, oldest_kept
-from client.sources.source import Batch, Cursor, Skipped
+from client.sources.source import Batch, Cursor, Skipped, added_up
 from conf.schema import SettingError
 from conf.site import SiteConfig, SourceConfig
 from journeys.store import VISITS, Store
@@ -32,8 +32,8 @@ class Account:
     """Visits that were, or in a trial would be, stored."""
     removed: Counter[str] = field(default_factory=Counter)
     """By step of the preparation."""
-    skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Rows that cannot be read, by reason."""
+    skipped: tuple[Skipped, ...] = ()
+    """Rows that cannot be read, one for each reason."""
     expired: int = 0
     """Visits deleted from the store, because they are past the retention window."""
 
@@ -45,18 +45,16 @@ class Account:
 
     def skip(self, skipped: tuple[Skipped, ...]) -> None:
         """Count rows that cannot be read."""
-        for one in skipped:
-            before = self.skipped.get(one.reason, Skipped(one.reason, 0, one.first))
-            self.skipped[one.reason] = Skipped(one.reason, before.count + one.count, before.first)
+        self.skipped = added_up((*self.skipped, *skipped))
 
     def check(self, rows: int, most: float) -> None:
         """Refuse a larger share than `most` of bad rows among all and `rows` more.
 
         One alone never stops an ingest: a few new visits would make it a large share.
         """
-        bad, rows = sum(one.count for one in self.skipped.values()), self.rows + rows
+        bad, rows = sum(one.count for one in self.skipped), self.rows + rows
         if bad > max(1, most * rows):
-            worst = max(self.skipped.values(), key=lambda one: one.count)
+            worst = max(self.skipped, key=lambda one: one.count)
             raise BadRowsError(
                 f"{bad} of {rows} rows cannot be read, more than source.bad_rows={most:g} allows; "
                 f"most often {worst.reason}, first in {worst.first}. Nothing of this batch was "
@@ -176,7 +174,7 @@ def _log(folder: SiteFolder, store: Store, account: Account) -> None:
             "rows": account.rows,
             "stored": account.stored,
             "removed": dict(account.removed),
-            "skipped": {one.reason: one.count for one in account.skipped.values()},
+            "skipped": {one.reason: one.count for one in account.skipped},
             "expired": account.expired,
         },
     )

@@ -15,6 +15,7 @@ import polars as pl
 from client.channels import channel
 from client.pseudonyms import Keys
 from client.regions import region
+from client.sources.source import LONGEST_NAME
 from conf.site import ConsentConfig, SiteConfig
 from journeys.store import VISITS, Store
 
@@ -23,8 +24,6 @@ HOUR = 3600
 
 RARE = "(rare)"
 """The bucket of campaigns that few visitors followed."""
-LONGEST_NAME = 200
-"""Characters of a campaign's name that are kept."""
 MOST_VISITS = 50
 """A visit number above this counts as this: a regular would stand out."""
 

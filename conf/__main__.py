@@ -41,14 +41,16 @@ def settings_page() -> str:
 def _site() -> list[str]:
     """What a site's own file may say."""
     parts = [SITE_INTRODUCTION, _table(_rows(SiteConfig, ""))]
-    tables = {name for name, node in SOURCES.items() if issubclass(node, TableSource)}
-    titles = {name: node for name, node in SOURCES.items() if name not in tables}
-    titles["` and `source.name: ".join(sorted(tables))] = TableSource
-    titles |= {name: SOURCES[name] for name in sorted(tables)}
-    for title, node in titles.items():
-        above = TableSource if node in SOURCES.values() and title in tables else SourceConfig
+    tables = sorted(name for name, node in SOURCES.items() if issubclass(node, TableSource))
+    sections: list[tuple[list[str], type[SourceConfig], type[SourceConfig]]] = [
+        *(([name], node, SourceConfig) for name, node in SOURCES.items() if name not in tables),
+        (tables, TableSource, SourceConfig),
+        *(([name], SOURCES[name], TableSource) for name in tables),
+    ]
+    for names, node, above in sections:
+        title = " and ".join(f"`source.name: {name}`" for name in names)
         known = {field.name for field in dataclasses.fields(above)}
-        parts.append(f"### `source.name: {title}`\n\n{inspect.getdoc(node)}\n")
+        parts.append(f"### {title}\n\n{inspect.getdoc(node)}\n")
         parts.append(_table(_rows(node, "source.", leave_out=known)))
     return parts
 

@@ -4,7 +4,7 @@
 
     store/manifest.json            what is in the store; replaced in one step
     store/2026-11/7.parquet        some visits of a month; never changed once written
-    store/blocked.8.parquet        small tables that belong to the visits (`Store.table`)
+    store/erased.8.parquet         small tables that belong to the visits (`Store.table`)
 
 A file counts if the manifest names it. So a change is whole or not at all: new files are written
 first, then the manifest is replaced, then what it no longer names is deleted. What a killed process
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import polars as pl
+
+from journeys.durable import sync_folder, write_durably
 
 VISITS = pl.Schema(
     {
@@ -261,15 +263,9 @@ class Store:
         if self._lock is None:
             raise StoreError(f"{self.folder}: opened for reading only")
         for folder in {(self.folder / part.file).parent for part in manifest.parts}:
-            _sync_folder(folder)
+            sync_folder(folder)
         content = json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1).encode()
-        staged = self.folder / f"{MANIFEST}.new"
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(self.folder / MANIFEST)
-        _sync_folder(self.folder)
+        write_durably(self.folder / MANIFEST, content)
         self.manifest = manifest
         self._sweep()
 
@@ -332,14 +328,6 @@ def _synced_hash(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return _hash(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _own(folder: Path) -> int:

@@ -29,12 +29,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from polars.exceptions import PanicException, PolarsError
 
 from conf.schema import FeatureConfig, NumericColumn, TableData
 from journeys.errors import JourneyDataError
 from journeys.features import FIRST, OTHER, feature_spec
 from journeys.hashing import hash_text
+from journeys.lines import POLARS_ERRORS
 from journeys.store import MANIFEST, StoreError, read_manifest, verified
 
 EARLIEST = 631_152_000
@@ -181,7 +181,7 @@ def _encoded(path: Path, name: str, config: TableData) -> pl.DataFrame:
     """The rows of one file, in its order, without the derived columns."""
     try:
         frame = encode_rows(_scan(path, name), config, name)
-    except (PolarsError, PanicException, OSError):
+    except (*POLARS_ERRORS, OSError):
         # Polars' messages may quote cells.
         raise _unreadable(path, name) from None
     if frame.is_empty():
@@ -246,9 +246,14 @@ def _readings(config: TableData, types: pl.Schema, file: str) -> list[_Reading]:
 def _refuse_missing(wanted: Sequence[str], types: pl.Schema, file: str) -> None:
     for column in wanted:
         if column not in types:
-            near = difflib.get_close_matches(column, list(types), n=3, cutoff=0.4)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
-            raise JourneyDataError(file, f"the table has no such column{hint}", column=column)
+            problem = f"the table has no such column{nearest(column, list(types))}"
+            raise JourneyDataError(file, problem, column=column)
+
+
+def nearest(column: str, there: Sequence[str]) -> str:
+    """The end of a message about a missing column: those `there` that it may have meant."""
+    near = difflib.get_close_matches(column, there, n=3, cutoff=0.4)
+    return f"; nearest: {', '.join(near)}" if near else ""
 
 
 def _text(column: str, types: pl.Schema, file: str) -> pl.Expr:

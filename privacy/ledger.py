@@ -260,12 +260,11 @@ class Ledger:
         with self._mutex:
             return tuple(self._records.entries.values())
 
-    def events(self, population: Population, run: str | None = None) -> tuple[PrivacyEvent, ...]:
-        """What was spent on `population`, by all runs or by one, equal kinds added up."""
+    def events(self, population: Population) -> tuple[PrivacyEvent, ...]:
+        """What was spent on `population`, by all runs, equal kinds added up."""
         return merge(
             release.event
             for entry in self.entries()
-            if run is None or entry.request.run == run
             for release in entry.request.releases
             if release.population == population
         )

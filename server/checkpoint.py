@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from journeys.durable import write_durably
 from protocol.replies import Weights
 from protocol.stored import weights_to_bytes
 
@@ -59,21 +59,6 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         except (OSError, ValueError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s); using the one before it", path.stem, error)
     return None
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write `path` so that after a crash it holds either `data` or what it held before."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digests(folder: Path) -> list[Path]:

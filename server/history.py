@@ -13,9 +13,9 @@ from typing import Any
 from evaluation.band import Band, noise_band
 from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import Metrics, metrics
+from journeys.durable import write_durably
 from journeys.site import natural_order
 from protocol.replies import SiteEvaluation, SiteFailure, SiteUpdate
-from server.checkpoint import write_durably
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def initial_weights(config: Config) -> Weights:
     coordinator has no other use.
     """
     if "torch" in sys.modules:
-        return safetensors.numpy.load(_drawn(config))
+        return _drawn(config)
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_draw, args=(theirs, config))
@@ -131,14 +131,13 @@ def initial_weights(config: Config) -> Weights:
 
 
 def _draw(connection: Connection, config: Config) -> None:
-    connection.send_bytes(_drawn(config))
+    connection.send_bytes(weights_to_bytes(_drawn(config)))
 
 
-def _drawn(config: Config) -> bytes:
+def _drawn(config: Config) -> Weights:
     from models.registry import initial_weights
 
-    spec = feature_spec(config.data.features)
-    return weights_to_bytes(initial_weights(config.model, spec, config.seed))
+    return initial_weights(config.model, feature_spec(config.data.features), config.seed)
 
 
 def _evaluate(

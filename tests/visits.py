@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import polars as pl
 
 from client.folder import SiteFolder, create
 from client.sources.source import VISITS
+from journeys.store import VISITS as STORED
+from journeys.store import Store
 
 NOW = 1_790_000_000
 """2026-09-21 13:33:20 UTC."""
@@ -50,6 +54,31 @@ def visits(*rows: dict[str, Any]) -> pl.DataFrame:
         "consent": "yes",
     }
     return pl.DataFrame([ordinary | row for row in rows], schema=VISITS)
+
+
+def stored(visitor: str, time: datetime, **changes: Any) -> dict[str, Any]:
+    """A visit as a store holds it; what is not said is ordinary."""
+    ordinary = {
+        "site": "acme",
+        "visitor_id": visitor,
+        "time": time,
+        "channel": "email",
+        "device": "mobile",
+        "duration_s": 5.0,
+        "page_views": 2,
+        "visit_number": 1,
+        "converted": False,
+        "revenue": 0.0,
+    }
+    return ordinary | changes
+
+
+def store_of(folder: Path, *appended: Sequence[dict[str, Any]]) -> Path:
+    """A store to which one list of visits after the other was appended; returns its folder."""
+    with Store(folder) as opened:
+        for rows in appended:
+            opened.append(pl.DataFrame(rows, schema=STORED), None, {})
+    return folder
 
 
 def csv_row(number: int, **changes: Any) -> dict[str, Any]:

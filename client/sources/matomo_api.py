@@ -31,7 +31,7 @@ import polars as pl
 
 from client.secret import read_password
 from client.sources.matomo import DEVICE, RECORDS, REFERRERS, to_visits
-from client.sources.source import VISITS, Batch, Cursor, Skipped, SourceError
+from client.sources.source import VISITS, Batch, Cursor, Skipped, SourceError, added_up
 from conf.site import MatomoApiSource
 
 _BATCH = 10_000
@@ -325,26 +325,21 @@ class _Pages:
     def __init__(self) -> None:
         self.rows = 0
         self._visits = [pl.DataFrame(schema=VISITS)]
-        self._skipped: dict[str, Skipped] = {}
+        self._skipped: list[Skipped] = []
 
     def add(self, records: list[dict[str, Any] | str]) -> None:
         good = [record for record in records if not isinstance(record, str)]
         visits, skipped = to_visits(pl.DataFrame(good, schema=RECORDS), _NAMES)
         self._visits.append(visits)
-        for one in skipped:
-            self._skip(one)
+        self._skipped += skipped
         for place, problem in enumerate(records, start=self.rows + 1):
             if isinstance(problem, str):
-                self._skip(Skipped(problem, 1, f"entry {place} of a batch"))
+                self._skipped.append(Skipped(problem, 1, f"entry {place} of a batch"))
         self.rows += len(records)
-
-    def _skip(self, one: Skipped) -> None:
-        known = self._skipped.setdefault(one.reason, Skipped(one.reason, 0, one.first))
-        self._skipped[one.reason] = Skipped(one.reason, known.count + one.count, known.first)
 
     def batch(self, position: _Position) -> Batch:
         cursor = {"second": position.second, "taken": position.taken}
-        return Batch(pl.concat(self._visits), self.rows, tuple(self._skipped.values()), cursor)
+        return Batch(pl.concat(self._visits), self.rows, added_up(self._skipped), cursor)
 
 
 class _PassingError(Exception):

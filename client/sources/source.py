@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import polars as pl
@@ -48,6 +48,10 @@ VISITS = pl.Schema(
 """
 
 
+LONGEST_NAME = 200
+"""Characters of a channel, source, medium, campaign or keyword that matter."""
+
+
 class SourceError(RuntimeError):
     """A source that cannot be used. Says which, what is wrong and what to do; never a password, a
     token or a cell.
@@ -63,6 +67,15 @@ class Skipped:
     count: int
     first: str
     """Where the first of them is: file and row, or the visit's number."""
+
+
+def added_up(skipped: Iterable[Skipped]) -> tuple[Skipped, ...]:
+    """One for each reason, with the counts added and the first place kept."""
+    found: dict[str, Skipped] = {}
+    for one in skipped:
+        known = found.setdefault(one.reason, Skipped(one.reason, 0, one.first))
+        found[one.reason] = replace(known, count=known.count + one.count)
+    return tuple(found.values())
 
 
 @dataclass(frozen=True)

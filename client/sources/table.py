@@ -20,18 +20,15 @@ that it is never kept.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import polars as pl
 
-from client.sources.source import VISITS, Skipped, SourceError
+from client.sources.source import LONGEST_NAME, VISITS, Skipped, SourceError
 from conf.site import REFERRER_TYPES, VisitColumns
-from journeys.table import EARLIEST, LATEST, iso_seconds
+from journeys.table import EARLIEST, LATEST, iso_seconds, nearest
 
-LONGEST_NAME = 200
-"""Characters of a channel, source, medium, campaign or keyword that are kept."""
 LARGEST = 1e9
 """The largest duration, number of pages or of visits that is believed."""
 REQUIRED = ("visitor_id", "time", "converted")
@@ -80,9 +77,9 @@ def refuse_missing(
     """Raise `SourceError` for the first of `wanted` that is not `there`, with those nearest."""
     for column in wanted:
         if column not in there:
-            near = difflib.get_close_matches(column, there, n=3, cutoff=0.4)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
-            raise SourceError(f'{place}: has no column "{column}"{hint}; {advice}')
+            raise SourceError(
+                f'{place}: has no column "{column}"{nearest(column, there)}; {advice}'
+            )
 
 
 def read_visits(

@@ -16,12 +16,13 @@ from conf.schema import ColumnNames, FeatureConfig, LogisticConfig, NumericColum
 from journeys.errors import JourneyDataError
 from journeys.features import feature_spec
 from journeys.hashing import hash_text
-from journeys.store import VISITS, Store, StoreError
+from journeys.store import VISITS, StoreError
 from models import SavedModelError
 from models.registry import build
 from models.saved import load as load_model
 from models.saved import save
 from models.weights import get_weights
+from tests.visits import store_of, stored
 
 torch.set_num_threads(1)
 
@@ -31,26 +32,11 @@ FEATURES = load(["data=site", "data.path=store"]).data.features
 
 
 def visit(visitor: str, days_ago: float, **changes: Any) -> dict[str, Any]:
-    ordinary = {
-        "site": "acme",
-        "visitor_id": visitor,
-        "time": NOON - timedelta(days=days_ago),
-        "channel": "email",
-        "device": "mobile",
-        "duration_s": 5.0,
-        "page_views": 2,
-        "visit_number": 1,
-        "converted": False,
-        "revenue": 0.0,
-    }
-    return ordinary | changes
+    return stored(visitor, NOON - timedelta(days=days_ago), **changes)
 
 
 def store(folder: Path, *appended: Sequence[dict[str, Any]]) -> Path:
-    with Store(folder / "store") as opened:
-        for visits in appended:
-            opened.append(pl.DataFrame(visits, schema=VISITS), None, {})
-    return folder / "store"
+    return store_of(folder / "store", *appended)
 
 
 def model(folder: Path, features: FeatureConfig = FEATURES, **statements: Any) -> Path:

@@ -16,31 +16,13 @@ from journeys.hashing import hash_text
 from journeys.sites import load_sites
 from journeys.store import MANIFEST, VISITS, Store
 from journeys.table import read_touchpoints
+from tests.visits import store_of, stored
 
 SECRET = "PERSONAL-VALUE"
 
 
 def visit(visitor: str, month: int, day: int = 1, **changes: Any) -> dict[str, Any]:
-    ordinary = {
-        "site": "acme",
-        "visitor_id": visitor,
-        "time": datetime(2026, month, day, tzinfo=UTC),
-        "channel": "email",
-        "device": "mobile",
-        "duration_s": 5.0,
-        "page_views": 2,
-        "visit_number": 1,
-        "converted": False,
-        "revenue": 0.0,
-    }
-    return ordinary | changes
-
-
-def store(folder: Path, *appended: list[dict[str, Any]]) -> Path:
-    with Store(folder) as opened:
-        for visits in appended:
-            opened.append(pl.DataFrame(visits, schema=VISITS), None, {})
-    return folder
+    return stored(visitor, datetime(2026, month, day, tzinfo=UTC), **changes)
 
 
 def site_data(path: Path | str) -> TableData:
@@ -75,7 +57,7 @@ def test_a_store_reads_as_one_table_of_all_its_files(tmp_path: Path) -> None:
         [visit("ann", 1), visit("bob", 1, 2, converted=True), visit("ann", 2, channel="direct")],
         [visit("ann", 1, 3), visit("bob", 3)],
     ]
-    folder = store(tmp_path / "store", *appended)
+    folder = store_of(tmp_path / "store", *appended)
     assert len(list(folder.glob("*/*.parquet"))) == 4
     frame = read_touchpoints(site_data(folder))
     whole = tmp_path / "whole.parquet"
@@ -87,7 +69,7 @@ def test_a_store_reads_as_one_table_of_all_its_files(tmp_path: Path) -> None:
 
 
 def test_rows_alike_in_visitor_and_time_keep_the_order_of_the_manifest(tmp_path: Path) -> None:
-    folder = store(
+    folder = store_of(
         tmp_path / "store", *([visit("ann", 1, page_views=pages)] for pages in (7, 3, 9))
     )
     views = read_touchpoints(site_data(folder))["page_views"].to_list()
@@ -97,7 +79,7 @@ def test_rows_alike_in_visitor_and_time_keep_the_order_of_the_manifest(tmp_path:
 def test_a_pattern_reads_all_stores_and_each_is_a_site(tmp_path: Path) -> None:
     for site in ("north", "south"):
         visits = [visit(f"{site} {i}", 1, 1 + i % 9, site=site) for i in range(40)]
-        store(tmp_path / "sites" / site / "store", visits)
+        store_of(tmp_path / "sites" / site / "store", visits)
     sites = load_sites(site_data(tmp_path / "sites" / "*" / "store"), seed=0)
     assert [site.name for site in sites] == ["north", "south"]
     assert [site.train.visitors + site.holdout.visitors for site in sites] == [40, 40]
@@ -114,7 +96,7 @@ def test_a_file_whose_name_is_a_pattern_is_itself(tmp_path: Path) -> None:
     for name, visitor in (("[12].parquet", "ann"), ("1.parquet", "bob")):
         pl.DataFrame([visit(visitor, 1)], schema=VISITS).write_parquet(tmp_path / name)
     (tmp_path / "[s]").mkdir()
-    store(tmp_path / "[s]" / "store", [visit("cat", 1)])
+    store_of(tmp_path / "[s]" / "store", [visit("cat", 1)])
     for path, visitor in (("[12].parquet", "ann"), ("[s]/store", "cat")):
         assert set(read_touchpoints(site_data(tmp_path / path))["visitor"]) == {key(visitor)}
 
@@ -133,21 +115,21 @@ def test_rows_without_ids_are_visitors_of_their_own_over_all_files(tmp_path: Pat
 
 
 def test_a_file_with_no_known_channel_is_fine_among_others(tmp_path: Path) -> None:
-    folder = store(tmp_path / "store", [visit("ann", 1, channel="other")], [visit("ann", 2)])
+    folder = store_of(tmp_path / "store", [visit("ann", 1, channel="other")], [visit("ann", 2)])
     assert read_touchpoints(site_data(folder)).height == 2
-    folder = store(tmp_path / "other", [visit("ann", 1, channel="other")])
+    folder = store_of(tmp_path / "other", [visit("ann", 1, channel="other")])
     assert 'other, column "channel": no row has a channel' in refused(site_data(folder))
 
 
 def test_what_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> None:
-    folder = store(tmp_path / "store", [visit("ann", 1)])
+    folder = store_of(tmp_path / "store", [visit("ann", 1)])
     pl.DataFrame([visit("eve", 1)], schema=VISITS).write_parquet(folder / "2026-01" / "7.parquet")
     (folder / "8.parquet").write_bytes(b"PAR1")
     assert set(read_touchpoints(site_data(folder))["visitor"]) == {key("ann")}
 
 
 def test_visits_that_were_removed_are_gone(tmp_path: Path) -> None:
-    folder = store(tmp_path / "store", [visit("ann", 1), visit("bob", 1)], [visit("bob", 2)])
+    folder = store_of(tmp_path / "store", [visit("ann", 1), visit("bob", 1)], [visit("bob", 2)])
     with Store(folder) as opened:
         assert opened.remove(pl.col("visitor_id") == "bob", {}) == 2
     assert set(read_touchpoints(site_data(folder))["visitor"]) == {key("ann")}
@@ -157,7 +139,7 @@ def test_visits_that_were_removed_are_gone(tmp_path: Path) -> None:
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    folder = store(tmp_path / "store", [visit("ann", 1), visit("bob", 2)])
+    folder = store_of(tmp_path / "store", [visit("ann", 1), visit("bob", 2)])
     path = folder / "2026-02" / "1.parquet"
     flip_a_byte(path)
     problem = "damaged, its SHA-256 is not that of the manifest"
@@ -167,14 +149,14 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
-    folder = store(tmp_path / "store", [visit("ann", 1)])
+    folder = store_of(tmp_path / "store", [visit("ann", 1)])
     (folder / MANIFEST).write_text("{")
     assert refused(site_data(folder)).startswith(f"{folder / MANIFEST}: damaged; ")
 
 
 def test_an_empty_store_is_refused_also_among_others(tmp_path: Path) -> None:
-    store(tmp_path / "a" / "store", [visit("ann", 1)])
-    empty = store(tmp_path / "b" / "store")
+    store_of(tmp_path / "a" / "store", [visit("ann", 1)])
+    empty = store_of(tmp_path / "b" / "store")
     for path in (empty, tmp_path / "*" / "store"):
         assert refused(site_data(path)) == f"{empty}: the store holds no visits; ingest some first"
 
@@ -211,7 +193,7 @@ def test_a_bad_row_of_one_of_many_files_is_named_with_its_file(tmp_path: Path) -
 
 
 def test_a_bad_part_of_many_is_named_with_its_row(tmp_path: Path) -> None:
-    folder = store(
+    folder = store_of(
         tmp_path / "store",
         [visit("ann", 1), visit("bob", 1)],
         [visit("cat", 1), visit("dan", 1, duration_s=float("nan"))],

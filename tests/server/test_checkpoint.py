@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from journeys.durable import write_durably
 from protocol.replies import Weights
-from server.checkpoint import KEPT, Checkpoint, load_checkpoint, save_checkpoint, write_durably
+from server.checkpoint import KEPT, Checkpoint, load_checkpoint, save_checkpoint
 
 
 def checkpoint(round_: int) -> Checkpoint:
