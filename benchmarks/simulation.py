@@ -228,6 +228,7 @@ def federated(fleet: Fleet, config: Config, workers: int, ray: bool) -> None:
     """Our runtime: all of Flower's objects, privacy accounts and checks included."""
     import logging
 
+    from protocol.exchange import Request
     from server.federation import Federation
     from server.rounds import first_plan, initial_weights
     from server.screening import screen_updates
@@ -244,7 +245,8 @@ def federated(fleet: Fleet, config: Config, workers: int, ray: bool) -> None:
         counts = {name: told.visitors for name, told in federation.descriptions.items()}
 
         def one_round(round_: int) -> None:
-            answers = federation.train(replace(plan, round=round_), state, 600.0)
+            request = Request({"train": replace(plan, round=round_)}, state)
+            answers = federation.ask(request, 600.0)["train"]
             sound, failed = screen_updates(answers, state, 1e6)
             assert not failed, failed
             state.update(aggregator.combine(round_, state, sound, counts))

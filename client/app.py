@@ -21,54 +21,37 @@ from client.policy import PlanRefused, SitePolicy
 from client.site import Site
 from conf.compose import load
 from conf.schema import Config
-from journeys.features import FeatureSpec, feature_spec
 from journeys.site import SiteJourneys
 from journeys.sites import load_sites
 from privacy.ledger import Ledger
-from protocol.plan import RoundPlan
-from protocol.records import read_plan, reply_records
-from protocol.replies import Reply, SiteRefusal, Weights
+from protocol.exchange import read_request, reply_parts
+from protocol.records import from_records, to_records
 
 
 def client_app(open_site: Callable[[Context], AbstractContextManager[Site]]) -> ClientApp:
     """A ClientApp whose messages go to the site that `open_site` opens for a context."""
     app = ClientApp()
 
-    def answer(
-        message: Message, context: Context, ask: Callable[[Site, RoundPlan, Weights], Reply]
-    ) -> Message:
-        plan, weights = read_plan(message.content)
-        with open_site(context) as site:
-            try:
-                reply = ask(site, plan, weights)
-            except PlanRefused as refusal:
-                reply = SiteRefusal(site.name, plan.round, str(refusal))
-        return Message(reply_records(reply), reply_to=message)
-
     @app.query()
-    def describe(message: Message, context: Context) -> Message:
-        return answer(message, context, lambda site, plan, _: site.describe(plan))
-
     @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return answer(message, context, lambda site, plan, weights: site.train(plan, weights))
-
     @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        return answer(message, context, lambda site, plan, weights: site.evaluate(plan, weights))
+    def answer(message: Message, context: Context) -> Message:
+        request = read_request(from_records(message.content))
+        with open_site(context) as site:
+            replies = site.answer(request)
+        return Message(to_records(reply_parts(replies)), reply_to=message)
 
     return app
 
 
-def simulated_site(
-    journeys: SiteJourneys, spec: FeatureSpec, ledgers: Path, seed: int, index: int
-) -> Site:
+def simulated_site(journeys: SiteJourneys, ledgers: Path, seed: int, index: int) -> Site:
     """Site `index` of a simulation, its ledger in the folder `ledgers`: all is seeded and allowed.
 
     Protects nobody from who knows `seed`.
     """
     ledger = Ledger(ledgers / f"{index}.sqlite", durable=False)
-    return Site(journeys, spec, SitePolicy.of_simulation(), ledger, seed=(seed, index))
+    policy = SitePolicy.of_simulation()
+    return Site(journeys.name, lambda _: journeys, policy, ledger, seed=(seed, index))
 
 
 def _site_of_run(context: Context) -> AbstractContextManager[Site]:
@@ -78,8 +61,7 @@ def _site_of_run(context: Context) -> AbstractContextManager[Site]:
     config, sites = _simulated_sites(str(context.run_config.get("overrides", "")))
     index = int(context.node_config["partition-id"])
     ledgers = Path("runs") / f"flower-{context.run_id}" / "ledgers"
-    spec = feature_spec(config.data.features)
-    return closing(simulated_site(sites[index], spec, ledgers, config.seed, index))
+    return closing(simulated_site(sites[index], ledgers, config.seed, index))
 
 
 @lru_cache(maxsize=1)

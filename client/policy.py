@@ -165,11 +165,14 @@ class SitePolicy:
                 "(policy: min_noise_multiplier)"
             )
 
-    def check_training(self, training: LocalTraining, parameters: int) -> None:
+    def check_training(self, training: LocalTraining) -> None:
         """Refuse training that is weaker than the policy. Raises `PlanRefused`."""
         rate, steps = training.sample_rate, training.steps
         _at_most("sample rate", rate, self.max_sample_rate, "max_sample_rate")
         _at_most("steps", steps, self.max_steps, "max_steps")
+
+    def check_parameters(self, parameters: int) -> None:
+        """Refuse a model that is too large. Raises `PlanRefused`."""
         _at_most("model parameters", parameters, self.max_parameters, "max_parameters")
 
     def check_visitors(self, visitors: float, plan: RoundPlan) -> None:

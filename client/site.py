@@ -13,26 +13,40 @@ import numpy as np
 import torch
 
 from client.policy import PlanRefused, SitePolicy
-from conf.schema import ModelConfig, VisitorDP
+from conf.schema import JourneyConfig, ModelConfig, VisitorDP
 from evaluation.histogram import EXACT, NOISED, ScoreHistogram
-from journeys.features import FeatureSpec
+from journeys.features import FeatureSpec, feature_spec
 from journeys.site import SiteJourneys
-from models.registry import build
+from models.registry import build, shapes
 from models.score import logits
 from models.weights import set_weights
 from privacy.accountant import PrivacyEvent, epsilon
 from privacy.calibration import UnreachableTargetError, noise_multiplier
-from privacy.ledger import Answer, Ledger, LedgerConflictError, Release, Request
+from privacy.ledger import Answer, Ledger, LedgerConflictError, Release
+from privacy.ledger import Request as LedgerRequest
 from privacy.mechanisms import GaussianCount, GaussianHistogram
 from privacy.projection import affordable_rounds, epsilon_after
 from privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from privacy.training import LocalTraining, Trainer
+from protocol.exchange import ASKS, Request
 from protocol.plan import RoundPlan
-from protocol.replies import Reply, SiteDescription, SiteEvaluation, SiteUpdate, Weights
+from protocol.replies import (
+    Reply,
+    SiteDescription,
+    SiteEvaluation,
+    SiteRefusal,
+    SiteUpdate,
+    Weights,
+)
 from protocol.stored import reply_from_bytes, reply_to_bytes
 from protocol.wire import from_text, to_text
 
 R = TypeVar("R", bound=Reply)
+
+
+def _never() -> bool:
+    return False
+
 
 _KINDS = ("describe", "train", "evaluate")
 
@@ -51,28 +65,53 @@ class Site:
 
     def __init__(
         self,
-        journeys: SiteJourneys,
-        spec: FeatureSpec,
+        name: str,
+        journeys: Callable[[JourneyConfig], SiteJourneys],
         policy: SitePolicy,
         ledger: Ledger,
         seed: tuple[int, int] | None = None,
     ) -> None:
-        """`seed`, of the run and of the site, makes all repeatable, privacy noise included.
+        """`journeys` cuts the site's examples as a plan asks; called only for what is paid for.
 
-        It is for simulations only: who knows it can take the noise off. Without it all randomness
-        comes from the operating system.
+        `seed`, of the run and of the site, makes all repeatable, privacy noise included. It is for
+        simulations only: who knows it can take the noise off. Without it all randomness comes from
+        the operating system.
         """
-        self.name = journeys.name
+        self.name = name
         self._journeys = journeys
-        self._spec = spec
         self._policy = policy
         self._ledger = ledger
         self._seed = seed
         self._described: tuple[RoundPlan, SiteDescription] | None = None
+        self._stopped: Callable[[], bool] = _never
 
     def close(self) -> None:
         """Let another process have the ledger."""
         self._ledger.close()
+
+    def answer(self, request: Request, stopped: Callable[[], bool] = _never) -> dict[str, Reply]:
+        """What is asked, one after the other; a refusal in the place of what the site does not do.
+
+        Raises:
+            TrainingStopped: `stopped` said so. What was reserved stays reserved; the same request
+                is answered later at no further cost.
+        """
+        self._stopped = stopped
+        replies: dict[str, Reply] = {}
+        for ask in ASKS:
+            plan = request.plans.get(ask)
+            if plan is None:
+                continue
+            try:
+                if ask == "describe":
+                    replies[ask] = self.describe(plan)
+                elif ask == "evaluate":
+                    replies[ask] = self.evaluate(plan, request.weights)
+                else:
+                    replies[ask] = self.train(plan, request.weights)
+            except PlanRefused as refusal:
+                replies[ask] = SiteRefusal(self.name, plan.round, str(refusal))
+        return replies
 
     def describe(self, plan: RoundPlan) -> SiteDescription:
         """The noised number of visitors that the site trains on.
@@ -88,7 +127,7 @@ class Site:
         release = Release("count", "train", mechanism.event)
 
         def count(randomness: Randomness) -> SiteDescription:
-            visitors = self._journeys.train.visitors
+            visitors = self._journeys(plan.journeys).train.visitors
             return SiteDescription(self.name, mechanism.release(visitors, randomness))
 
         description = self._release("describe", plan, None, release, count)
@@ -103,12 +142,13 @@ class Site:
             raise PlanRefused(f"round={plan.round}: must be 1 to rounds={plan.rounds}")
         visitors = self.describe(plan).visitors
         training = local_training(plan, visitors)
-        trainer = _trainer(to_text(plan.model), self._spec)
-        self._policy.check_training(training, trainer.parameters)
+        self._policy.check_training(training)
+        trainer = self._trainer(plan, weights)
         release = Release("weights", "train", training.event)
 
         def update(randomness: Randomness) -> SiteUpdate:
-            trained = trainer.train(weights, self._journeys.train, training, randomness)
+            examples = self._journeys(plan.journeys).train
+            trained = trainer.train(weights, examples, training, randomness, self._stopped)
             return SiteUpdate(self.name, plan.round, trained, self._epsilon(plan))
 
         return self._release("train", plan, weights, release, update)
@@ -116,12 +156,12 @@ class Site:
     def evaluate(self, plan: RoundPlan, weights: Weights) -> SiteEvaluation:
         """The noised histogram of the model's scores on the visitors kept from training."""
         self.describe(plan)
-        trainer = _trainer(to_text(plan.model), self._spec)
+        trainer = self._trainer(plan, weights)
         mechanism = GaussianHistogram(_evaluation_noise(plan))
         release = Release("histogram", "holdout", mechanism.event)
 
         def evaluation(randomness: Randomness) -> SiteEvaluation:
-            holdout = self._journeys.holdout
+            holdout = self._journeys(plan.journeys).holdout
             set_weights(trainer.model, weights)
             scores = logits(trainer.model, holdout)
             bins = NOISED if mechanism.noise else EXACT
@@ -132,6 +172,23 @@ class Site:
             return SiteEvaluation(self.name, plan.round, histogram, mechanism.noise, told)
 
         return self._release("evaluate", plan, weights, release, evaluation)
+
+    def _trainer(self, plan: RoundPlan, weights: Weights) -> Trainer:
+        """What trains the plan's model, once the model is known to be one, and not too large."""
+        spec = feature_spec(plan.journeys.features)
+        model = to_text(plan.model)
+        expected = _shapes(model, spec)
+        self._policy.check_parameters(sum(math.prod(shape) for shape in expected.values()))
+        for name in sorted(expected.keys() | weights.keys()):
+            if name not in weights or name not in expected:
+                raise PlanRefused(f"weights.{name}: missing or unknown")
+            if weights[name].shape != expected[name]:
+                raise PlanRefused(
+                    f"weights.{name}: shape {weights[name].shape} instead of {expected[name]}"
+                )
+            if not np.isfinite(weights[name]).all():
+                raise PlanRefused(f"weights.{name}: a value is not finite")
+        return _trainer(model, spec)
 
     def _check_whole_run(self, plan: RoundPlan, visitors: float) -> None:
         """Refuse at its start a run that would run out of budget before its end."""
@@ -164,7 +221,7 @@ class Site:
         """The gate: all that leaves the site leaves here, charged, on record, and once."""
         self._policy.check_plan(plan)
         self._policy.check_release(release.name, release.event)
-        request = Request(_run(plan), plan.round, kind, _digest(plan, weights), (release,))
+        request = LedgerRequest(_run(plan), plan.round, kind, _digest(plan, weights), (release,))
         if isinstance(plan.privacy, VisitorDP) and request not in self._ledger:
             delta = plan.privacy.delta
             of_run = self._ledger.epsilon(delta, run=request.run, also=request.releases)
@@ -265,6 +322,11 @@ def _digest(plan: RoundPlan, weights: Weights | None) -> str:
     for name, value in sorted((weights or {}).items()):
         asked.update(name.encode() + b"\0" + value.tobytes())
     return asked.hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _shapes(model: str, spec: FeatureSpec) -> dict[str, tuple[int, ...]]:
+    return shapes(from_text(ModelConfig, model), spec)
 
 
 @lru_cache(maxsize=4)

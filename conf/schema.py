@@ -34,6 +34,12 @@ def check_positive(group: str, **values: float) -> None:
         check(value > 0, f"{group}.{name}".lstrip("."), value, "must be above 0")
 
 
+def check_width(group: str, **values: int) -> None:
+    """Refuse a size of `group` that is not between 1 and 65,536."""
+    for name, value in values.items():
+        check(1 <= value <= 65_536, f"{group}.{name}", value, "must be 1 to 65,536")
+
+
 def utc_seconds(value: str, key: str) -> int:
     """Seconds since 1970 of an ISO 8601 time; one without an offset is UTC."""
     try:
@@ -133,11 +139,9 @@ class FeatureConfig:
 
 
 @dataclass
-class DataConfig:
-    """Where journeys come from, how examples are cut from them, and how they fall to sites."""
+class JourneyConfig:
+    """How examples are cut from journeys. Public: the same at every site."""
 
-    name: str = MISSING
-    """Which source: `synthetic`, `table` or `criteo`. Set by the group's file."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     """What a model sees of a touchpoint."""
     lookback_days: float = 30.0
@@ -148,11 +152,6 @@ class DataConfig:
     """Most examples of one visitor; a visitor's gradients are averaged before they are clipped, so
     that the guarantee stays one for the visitor. Above 1 only with `decision: touchpoint`. Held
     out, a visitor has one."""
-    holdout: float = 0.2
-    """Share of visitors kept from training, for evaluation. Chosen by a hash of the visitor id."""
-    holdout_from: str | None = None
-    """Temporal split: decisions from this UTC time on are for evaluation, and training sees only
-    decisions whose horizon ends before it. Visitors stay disjoint."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -161,6 +160,22 @@ class DataConfig:
             horizon_days=self.horizon_days,
             contributions=self.contributions,
         )
+
+
+@dataclass
+class DataConfig(JourneyConfig):
+    """Where journeys come from, how examples are cut from them, and how they fall to sites."""
+
+    name: str = MISSING
+    """Which source: `synthetic`, `table` or `criteo`. Set by the group's file."""
+    holdout: float = 0.2
+    """Share of visitors kept from training, for evaluation. Chosen by a hash of the visitor id."""
+    holdout_from: str | None = None
+    """Temporal split: decisions from this UTC time on are for evaluation, and training sees only
+    decisions whose horizon ends before it. Visitors stay disjoint."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check(0 < self.holdout < 1, "data.holdout", self.holdout, "must be between 0 and 1")
         if self.holdout_from is not None:
             utc_seconds(self.holdout_from, "data.holdout_from")
@@ -358,7 +373,7 @@ class MlpConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("model", embedding=self.embedding, hidden=self.hidden)
+        check_width("model", embedding=self.embedding, hidden=self.hidden)
 
 
 @dataclass
@@ -374,7 +389,7 @@ class GruConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("model", embedding=self.embedding, hidden=self.hidden)
+        check_width("model", embedding=self.embedding, hidden=self.hidden)
 
 
 @dataclass
@@ -392,7 +407,8 @@ class AttentionConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("model", embedding=self.embedding, heads=self.heads, layers=self.layers)
+        check_width("model", embedding=self.embedding, heads=self.heads)
+        check(1 <= self.layers <= 64, "model.layers", self.layers, "must be 1 to 64")
         check(
             self.embedding % self.heads == 0,
             "model.embedding",

@@ -88,5 +88,5 @@ def output_layer(width: int, base_rate: float) -> nn.Linear:
     """Logit from `width` features, small at first, with the bias at `base_rate`."""
     layer = nn.Linear(width, 1)
     nn.init.normal_(layer.weight, std=0.01)
-    nn.init.constant_(layer.bias, float(torch.logit(torch.tensor(base_rate))))
+    nn.init.constant_(layer.bias, float(torch.logit(torch.tensor(base_rate, device="cpu"))))
     return layer

@@ -37,6 +37,12 @@ def build(config: ModelConfig, spec: FeatureSpec) -> nn.Module:
     raise SettingError(f"model.name={config.name}: no such model")
 
 
+def shapes(config: ModelConfig, spec: FeatureSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a model of `config`, however large, at no memory."""
+    with torch.device("meta"):
+        return {name: tuple(v.shape) for name, v in build(config, spec).state_dict().items()}
+
+
 def initial_weights(
     config: ModelConfig, spec: FeatureSpec, seed: int
 ) -> dict[str, npt.NDArray[np.float32]]:

@@ -19,7 +19,7 @@ FedProx's proximal term) reads only released quantities: post-processing, at no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -87,6 +87,10 @@ class LocalTraining:
         return PrivacyEvent(self.noise_multiplier, self.sample_rate, self.steps)
 
 
+class TrainingStopped(Exception):  # noqa: N818  (asked for, not a fault)
+    """Training ended before its last step, because it was asked to. Nothing came of it."""
+
+
 class Trainer:
     """Trains one model architecture, for any number of sites and rounds, on this thread.
 
@@ -114,6 +118,7 @@ class Trainer:
         examples: Examples,
         training: LocalTraining,
         randomness: Randomness,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Weights:
         """The weights after `training` on `examples` from `weights`.
 
@@ -128,14 +133,16 @@ class Trainer:
             examples: of any number of visitors.
             training: what to do.
             randomness: decides who is drawn, and the noise. From the same seed come the same bits.
+            stopped: asked before each step; once it is true, training ends.
 
         Raises:
+            TrainingStopped: `stopped` said so.
             RuntimeError: `weights` do not fit the model, or the model does not keep visitors apart.
             TypeError: `training.clipping_engine` has no way to clip a layer of the model.
         """
         self._load(weights)
         optimizer = _optimizer(self.model, training)
-        steps = self._steps(examples, training, randomness)
+        steps = _until(stopped, self._steps(examples, training, randomness))
         if training.noise_multiplier > 0:
             self._train_privately(steps, training, _make_private(optimizer, training, randomness))
         else:
@@ -222,6 +229,13 @@ class _Visitors:
             for start in range(0, len(alike), size):
                 first = self._start[alike[start : start + size]]
                 yield self._rows[(first[:, None] + np.arange(each)).ravel()], each
+
+
+def _until(stopped: Callable[[], bool], steps: Iterator[_Step]) -> Iterator[_Step]:
+    for step in steps:
+        if stopped():
+            raise TrainingStopped
+        yield step
 
 
 def _loss(logits: Tensor, batch: JourneyBatch) -> Tensor:

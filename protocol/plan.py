@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf.schema import ModelConfig, OptimizerConfig, PrivacyConfig
+from conf.schema import JourneyConfig, ModelConfig, OptimizerConfig, PrivacyConfig
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,7 @@ class RoundPlan:
     model: ModelConfig
     optimizer: OptimizerConfig
     privacy: PrivacyConfig
+    journeys: JourneyConfig
+    """How examples are cut from journeys."""
     proximal_mu: float = 0.0
     """Weight of the pull towards the round's model (FedProx)."""

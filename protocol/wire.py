@@ -58,6 +58,8 @@ def _plain(value: Any) -> Any:
         return {"negative": value.negative.tolist(), "positive": value.positive.tolist()}
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
     return value
 
 
@@ -85,6 +87,14 @@ def _built(kind: type, read: object, name: str, given: dict[str, object]) -> obj
 def _value(hint: Any, read: object, name: str) -> object:
     if dataclasses.is_dataclass(hint):
         return _built(typing.cast(type, hint), read, name, {})
+    if (origin := typing.get_origin(hint)) in (list, dict) and type(read) is not origin:
+        raise WireError(f"{name}: not of type {hint}")
+    if isinstance(read, list) and origin is list:
+        (of,) = typing.get_args(hint)
+        return [_value(of, one, f"{name}[{place}]") for place, one in enumerate(read)]
+    if isinstance(read, dict) and origin is dict:
+        of = typing.get_args(hint)[1]
+        return {_value(str, key, name): _value(of, one, f"{name}.*") for key, one in read.items()}
     allowed = typing.get_args(hint) or (hint,)
     if type(read) is int and float in allowed:
         read = _float(read)

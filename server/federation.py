@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +13,9 @@ from flwr.serverapp import Grid
 from conf.schema import Unprotected
 from evaluation.histogram import EXACT, NOISED
 from journeys.site import natural_order
+from protocol.exchange import Request, read_replies, request_parts
 from protocol.plan import RoundPlan
-from protocol.records import plan_records, read_reply
+from protocol.records import from_records, to_records
 from protocol.replies import (
     Reply,
     SiteDescription,
@@ -22,7 +23,6 @@ from protocol.replies import (
     SiteFailure,
     SiteRefusal,
     SiteUpdate,
-    Weights,
 )
 from protocol.wire import WireError
 
@@ -35,15 +35,36 @@ class JoinError(RuntimeError):
 
 
 class Federation:
-    """Sends one plan to every site and gathers what comes back; every wait has an end."""
+    """Asks every site the same and gathers what comes back; every wait has an end.
 
-    def __init__(self, grid: Grid) -> None:
+    A site that appears while the run goes on joins with the next round. One that has refused to
+    join is not asked again.
+    """
+
+    def __init__(self, grid: Grid, admitted: Mapping[int, str] | None = None) -> None:
+        """`admitted`: the sites that may take part and their names, by node.
+
+        None: every node may, under the name that it says (a simulation).
+        """
         self._grid = grid
-        self._names: dict[int, str] = {}
-        self.descriptions: dict[str, SiteDescription] = {}
+        self._admitted = admitted
+        self._nodes: dict[int, SiteDescription] = {}
+        self._asked: dict[int, str] = {}
+        self._failures: dict[int, SiteFailure] = {}
+
+    @property
+    def descriptions(self) -> dict[str, SiteDescription]:
         """By site name, in the order in which everything is listed and summed."""
-        self.absent: list[SiteFailure] = []
-        """Who was asked to join and did not, and why; by node where no name of its own is known."""
+        return {description.site: description for description in self._nodes.values()}
+
+    @property
+    def absent(self) -> list[SiteFailure]:
+        """Who has not joined, and why; by node where no name of its own is known."""
+        names = self.descriptions
+        return [
+            replace(failure, site=f"node {node}") if failure.site in names else failure
+            for node, failure in self._failures.items()
+        ]
 
     def join(self, plan: RoundPlan, expected: int, needed: int, timeout: float) -> None:
         """Wait for `expected` sites and ask each who it is; go on with `needed` of them.
@@ -52,97 +73,136 @@ class Federation:
             JoinError: Fewer than `needed` sites came within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        while len(nodes := sorted(self._grid.get_node_ids())) < expected:
-            if time.monotonic() > deadline:
-                break
+        while len(self._present()) < expected and time.monotonic() < deadline:
             time.sleep(_LONGEST_POLL_S)
-        # A node that has not said its name yet goes by its number.
-        self._names = {node: f"node {node}" for node in nodes}
-        left = max(deadline - time.monotonic(), 1.0)
-        answers = self._ask(MessageType.QUERY, plan, None, left, SiteDescription)
-        described = {node: a for node, a in answers.items() if isinstance(a, SiteDescription)}
-        names = [answer.site for answer in described.values()]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise JoinError(f"two sites call themselves {min(twice)!r}: site names must differ")
-        if len(described) < needed:
+        self._ask_who(plan, timeout)
+        asked = time.monotonic()
+        while self._asked and time.monotonic() < max(deadline, asked + 1.0):
+            if not self._hear_who(plan):
+                time.sleep(_pause(time.monotonic() - asked))
+        for node in self._asked:
+            name = self._name(node)
+            self._failures[node] = SiteFailure(name, "missing", f"no reply in {timeout:.0f} s")
+        for node, name in (self._admitted or {}).items():
+            if node not in self._nodes and node not in self._failures:
+                self._failures[node] = SiteFailure(name, "missing", "not connected")
+        if len(self._nodes) < needed:
             raise JoinError(
-                f"{len(described)} of {expected} sites joined within {timeout:.0f} s, {needed} are "
-                f"needed{_first_reason(answers.values())}; start the missing sites or lower "
+                f"{len(self._nodes)} of {expected} sites joined within {timeout:.0f} s, {needed} "
+                f"are needed{_first_reason(self.absent)}; start the missing sites or lower "
                 "strategy.quorum"
             )
-        self.absent = [
-            replace(a, site=f"node {node}") if a.site in names else a
-            for node, a in answers.items()
-            if isinstance(a, SiteFailure)
-        ]
-        order = sorted(described, key=lambda node: natural_order(described[node].site))
-        self._names = {node: described[node].site for node in order}
-        self.descriptions = {described[node].site: described[node] for node in order}
 
-    def train(
-        self, plan: RoundPlan, weights: Weights, timeout: float
-    ) -> list[SiteUpdate | SiteFailure]:
-        """Each site's update or why there is none, in the order of site names."""
-        answers = self._ask(MessageType.TRAIN, plan, weights, timeout, SiteUpdate)
-        return [
-            answer for answer in answers.values() if isinstance(answer, SiteUpdate | SiteFailure)
-        ]
-
-    def evaluate(
-        self, plan: RoundPlan, weights: Weights, timeout: float
-    ) -> list[SiteEvaluation | SiteFailure]:
-        """Each site's evaluation or why there is none, in the order of site names."""
-        answers = self._ask(MessageType.EVALUATE, plan, weights, timeout, SiteEvaluation)
-        return [a for a in answers.values() if isinstance(a, SiteEvaluation | SiteFailure)]
-
-    def _ask(
-        self,
-        kind: str,
-        plan: RoundPlan,
-        weights: Weights | None,
-        timeout: float,
-        expected: type[Reply],
-    ) -> dict[int, Reply | SiteFailure]:
-        records = plan_records(plan, weights)
-        messages = [
-            Message(records, node, kind, group_id=str(plan.round), ttl=timeout)
-            for node in self._names
-        ]
-        answers: dict[int, Reply | SiteFailure] = {}
-        for message in _exchange(self._grid, messages, timeout):
+    def ask(self, request: Request, timeout: float) -> dict[str, list[Reply | SiteFailure]]:
+        """Each site's answer to each thing asked, or why there is none, in the order of names."""
+        plan = next(iter(request.plans.values()))
+        self._hear_who(plan)
+        self._ask_who(plan, timeout)
+        nodes = dict(self._nodes)
+        kind = MessageType.TRAIN if "train" in request.plans else MessageType.EVALUATE
+        answers: dict[int, dict[str, Reply | SiteFailure]] = {}
+        for message in _exchange(
+            self._grid, self._messages(request, kind, nodes, timeout), timeout
+        ):
             node = message.metadata.src_node_id
             # The first reply of a site counts; another one is dropped unread.
-            if node in self._names and node not in answers:
-                answers[node] = self._read(message, plan, expected)
+            if node in nodes and node not in answers:
+                answers[node] = self._read(message, request)
+        for node, description in nodes.items():
+            missing = SiteFailure(description.site, "missing", f"no reply in {timeout:.0f} s")
+            answers.setdefault(node, dict.fromkeys(request.plans, missing))
+        return {ask: [answers[node][ask] for node in nodes] for ask in request.plans}
+
+    def _present(self) -> set[int]:
+        nodes = set(self._grid.get_node_ids())
+        return nodes if self._admitted is None else nodes & self._admitted.keys()
+
+    def _name(self, node: int) -> str:
+        # A node that has not said its name yet goes by its number.
+        return f"node {node}" if self._admitted is None else self._admitted[node]
+
+    def _ask_who(self, plan: RoundPlan, timeout: float) -> None:
+        """Ask those who have not joined who they are, without waiting for the answer."""
+        refused = {node for node, f in self._failures.items() if f.outcome == "refused"}
+        strangers = sorted(self._present() - self._nodes.keys() - self._asked.keys() - refused)
+        request = Request({"describe": replace(plan, round=0)})
+        messages = self._messages(request, MessageType.QUERY, strangers, timeout)
+        self._asked |= dict(zip(strangers, self._grid.push_messages(messages), strict=True))
+
+    def _hear_who(self, plan: RoundPlan) -> bool:
+        """Take in who has joined since; whether anybody answered."""
+        request = Request({"describe": replace(plan, round=0)})
+        heard = list(self._grid.pull_messages(self._asked.values())) if self._asked else []
+        for message in heard:
+            node = message.metadata.src_node_id
+            if self._asked.pop(node, None) is None:
+                continue
+            answer = self._read(message, request)["describe"]
+            self._failures.pop(node, None)
+            if isinstance(answer, SiteDescription):
+                self._welcome(node, answer)
+            elif isinstance(answer, SiteFailure):
+                self._failures[node] = answer
+        return bool(heard)
+
+    def _welcome(self, node: int, description: SiteDescription) -> None:
+        if description.site in self.descriptions:
+            raise JoinError(
+                f"two sites call themselves {description.site!r}: site names must differ"
+            )
+        joined = {**self._nodes, node: description}
+        order = sorted(joined, key=lambda one: natural_order(joined[one].site))
+        self._nodes = {one: joined[one] for one in order}
+
+    def _messages(
+        self, request: Request, kind: str, nodes: Iterable[int], timeout: float
+    ) -> list[Message]:
+        records = to_records(request_parts(request))
+        round_ = max(plan.round for plan in request.plans.values())
+        return [Message(records, node, kind, group_id=str(round_), ttl=timeout) for node in nodes]
+
+    def _read(self, message: Message, request: Request) -> dict[str, Reply | SiteFailure]:
+        node = message.metadata.src_node_id
+        name = self._nodes[node].site if node in self._nodes else self._name(node)
+
+        def failed(outcome: str, reason: str) -> dict[str, Reply | SiteFailure]:
+            return dict.fromkeys(request.plans, SiteFailure(name, outcome, reason))
+
+        if message.has_error():
+            return failed("missing", message.error.reason or "the site failed")
+        try:
+            replies = read_replies(from_records(message.content))
+        except WireError as error:
+            return failed("dropped", str(error))
         return {
-            node: answers.get(node, SiteFailure(name, "missing", f"no reply in {timeout:.0f} s"))
-            for node, name in self._names.items()
+            ask: self._checked(replies[ask], name, ask, plan)
+            if ask in replies
+            else SiteFailure(name, "dropped", f"no answer to {ask}")
+            for ask, plan in request.plans.items()
         }
 
-    def _read(
-        self, message: Message, plan: RoundPlan, expected: type[Reply]
-    ) -> Reply | SiteFailure:
-        name = self._names[message.metadata.src_node_id]
-        if message.has_error():
-            return SiteFailure(name, "missing", message.error.reason or "the site failed")
-        try:
-            reply = read_reply(message.content)
-        except WireError as error:
-            return SiteFailure(name, "dropped", str(error))
+    def _checked(self, reply: Reply, name: str, ask: str, plan: RoundPlan) -> Reply | SiteFailure:
         if isinstance(reply, SiteRefusal):
             # Who refuses to join has no other name than the one that it says.
-            return SiteFailure(reply.site if plan.round == 0 else name, "refused", reply.reason)
-        if not isinstance(reply, expected):
+            unnamed = ask == "describe" and self._admitted is None
+            return SiteFailure(reply.site if unnamed else name, "refused", reply.reason)
+        if not isinstance(reply, _ANSWERS[ask]):
             return SiteFailure(name, "dropped", f"answered with a {type(reply).__name__}")
-        if isinstance(reply, SiteUpdate | SiteEvaluation):
-            if reply.round != plan.round:
-                reason = f"answered for round {reply.round} instead of {plan.round}"
-                return SiteFailure(name, "dropped", reason)
-            if reply.site != name:
-                return SiteFailure(name, "dropped", "answered under another site's name")
+        if isinstance(reply, SiteUpdate | SiteEvaluation) and reply.round != plan.round:
+            reason = f"answered for round {reply.round} instead of {plan.round}"
+            return SiteFailure(name, "dropped", reason)
+        if reply.site != name and (ask != "describe" or self._admitted is not None):
+            return SiteFailure(name, "dropped", "answered under another site's name")
         if isinstance(reply, SiteEvaluation) and (fault := _fault(reply, plan)):
             return SiteFailure(name, "dropped", fault)
         return reply
+
+
+_ANSWERS: dict[str, type[Reply]] = {
+    "describe": SiteDescription,
+    "evaluate": SiteEvaluation,
+    "train": SiteUpdate,
+}
 
 
 def _exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
@@ -160,7 +220,11 @@ def _exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[M
         if waited > timeout:
             return
         if open_ids and not replies:
-            time.sleep(min(max(waited / 100, _SHORTEST_POLL_S), _LONGEST_POLL_S))
+            time.sleep(_pause(waited))
+
+
+def _pause(waited: float) -> float:
+    return min(max(waited / 100, _SHORTEST_POLL_S), _LONGEST_POLL_S)
 
 
 def _fault(evaluation: SiteEvaluation, plan: RoundPlan) -> str:
@@ -175,6 +239,5 @@ def _fault(evaluation: SiteEvaluation, plan: RoundPlan) -> str:
     return ""
 
 
-def _first_reason(answers: Iterable[Reply | SiteFailure]) -> str:
-    reasons = [answer.reason for answer in answers if isinstance(answer, SiteFailure)]
-    return f" ({reasons[0]})" if reasons else ""
+def _first_reason(failures: list[SiteFailure]) -> str:
+    return f" ({failures[0].site}: {failures[0].reason})" if failures else ""

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import safetensors.numpy
 
-from conf.schema import Config, VisitorDP
+from conf.schema import Config, JourneyConfig, VisitorDP
 from journeys.features import feature_spec
+from protocol.exchange import Request
 from protocol.plan import RoundPlan
-from protocol.replies import SiteEvaluation, SiteFailure, Weights
+from protocol.replies import Reply, SiteEvaluation, SiteFailure, SiteUpdate, Weights
 from protocol.stored import weights_to_bytes
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.federation import Federation
@@ -56,11 +57,18 @@ def run_rounds(
 
     for round_ in range(checkpoint.round + 1, config.rounds + 1):
         started = time.monotonic()
-        # 1. Ask every site to train.
-        plan = replace(plan, round=round_)
-        answers = federation.train(plan, weights, config.strategy.round_timeout_s)
+        # 1. Ask every site to train, and on the way how good the model is that it gets.
+        before, plan = replace(plan, round=round_ - 1), replace(plan, round=round_)
+        plans = {"evaluate": before} if round_ - 1 in evaluated_after(config) else {}
+        request = Request({**plans, "train": plan}, weights)
+        answers = federation.ask(request, config.strategy.round_timeout_s)
+        if plans:
+            report(_evaluation(before, answers["evaluate"], federation))
         # 2. Keep what is sound.
-        sound, failed = screen_updates(answers, weights, config.strategy.max_update_norm)
+        told = [
+            answer for answer in answers["train"] if isinstance(answer, SiteUpdate | SiteFailure)
+        ]
+        sound, failed = screen_updates(told, weights, config.strategy.max_update_norm)
         # 3. Combine it, if it is enough; else the model stays as it is.
         completed = len(sound) >= quorum
         reason = "" if completed else f"{len(sound)} of {sites} sound updates, {quorum} needed"
@@ -75,14 +83,14 @@ def run_rounds(
                 round_, completed, reason, seconds, delta, sound, [*failed, *federation.absent]
             )
         )
-        if round_ in evaluated_after(config) and round_ < config.rounds:
-            report(_evaluate(federation, plan, weights, config))
         save_checkpoint(
             folder / "checkpoints",
             Checkpoint(round_, len(history.records), weights, aggregator.state()),
         )
 
-    final = _evaluate(federation, replace(plan, round=config.rounds), weights, config)
+    last = replace(plan, round=config.rounds)
+    answers = federation.ask(Request({"evaluate": last}, weights), config.strategy.round_timeout_s)
+    final = _evaluation(last, answers["evaluate"], federation)
     report(final)
     return weights, final, history
 
@@ -100,6 +108,12 @@ def first_plan(config: Config, run: str) -> RoundPlan:
         config.model,
         config.optimizer,
         config.privacy,
+        JourneyConfig(
+            config.data.features,
+            config.data.lookback_days,
+            config.data.horizon_days,
+            config.data.contributions,
+        ),
         proximal_mu=mu,
     )
 
@@ -140,10 +154,9 @@ def _drawn(config: Config) -> Weights:
     return initial_weights(config.model, feature_spec(config.data.features), config.seed)
 
 
-def _evaluate(
-    federation: Federation, plan: RoundPlan, weights: Weights, config: Config
+def _evaluation(
+    plan: RoundPlan, answers: list[Reply | SiteFailure], federation: Federation
 ) -> EvaluationReport:
-    answers = federation.evaluate(plan, weights, config.strategy.round_timeout_s)
     evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
     failures = [answer for answer in answers if isinstance(answer, SiteFailure)]
     return EvaluationReport(plan.round, evaluations, [*failures, *federation.absent])

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
-from protocol.records import read_reply, reply_records
+from protocol.exchange import read_replies, reply_parts
+from protocol.records import from_records, to_records
 from protocol.replies import SiteUpdate, Weights
 
 
@@ -65,15 +66,17 @@ def misbehave(fault: Fault | None, answer: Callable[[], Message]) -> Message:
     message = answer()
     if fault in (None, Fault.DUPLICATE):
         return message
-    update = read_reply(message.content)
+    replies = read_replies(from_records(message.content))
+    update = replies.get("train")
     if isinstance(update, SiteUpdate):
-        message.content = _spoilt(update, Fault(str(fault)))
+        replies["train"] = _spoilt(update, Fault(str(fault)))
+        message.content = to_records(reply_parts(replies))
     return message
 
 
-def _spoilt(update: SiteUpdate, fault: Fault) -> RecordDict:
+def _spoilt(update: SiteUpdate, fault: Fault) -> SiteUpdate:
     if fault is Fault.WRONG_ROUND:
-        return reply_records(replace(update, round=update.round - 1))
+        return replace(update, round=update.round - 1)
     weights: Weights = {name: value.copy() for name, value in update.weights.items()}
     first = min(weights)
     match fault:
@@ -85,4 +88,4 @@ def _spoilt(update: SiteUpdate, fault: Fault) -> RecordDict:
             weights[first] = weights[first][np.newaxis]
         case Fault.MISSING_ARRAY:
             del weights[first]
-    return reply_records(replace(update, weights=weights))
+    return replace(update, weights=weights)

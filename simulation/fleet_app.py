@@ -43,4 +43,4 @@ def shared_sites(fleet: Fleet) -> ClientApp:
 
 
 def _open_site(fleet: Fleet, index: int) -> Site:
-    return simulated_site(fleet.open_journeys(index), fleet.spec, fleet.ledgers, fleet.seed, index)
+    return simulated_site(fleet.open_journeys(index), fleet.ledgers, fleet.seed, index)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from conf.schema import FeatureConfig, NumericColumn
+from conf.schema import FeatureConfig, JourneyConfig, NumericColumn
 from journeys.examples import Examples
 from journeys.features import feature_spec
 
-SPEC = feature_spec(
+CUT = JourneyConfig(
     FeatureConfig(
         channels=["a", "b", "c"], max_touchpoints=4, numeric={"pages": NumericColumn(high=9)}
     )
 )
+SPEC = feature_spec(CUT.features)
 
 
 class Untouchable:

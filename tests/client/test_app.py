@@ -11,12 +11,12 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import client_app
-from client.policy import PlanRefused
 from client.site import Site
 from conf.schema import LogisticConfig, OptimizerConfig, Unprotected
 from evaluation.histogram import ScoreHistogram
+from protocol.exchange import Request, read_replies, request_parts
 from protocol.plan import RoundPlan
-from protocol.records import plan_records, read_reply
+from protocol.records import from_records, to_records
 from protocol.replies import (
     Reply,
     SiteDescription,
@@ -26,9 +26,10 @@ from protocol.replies import (
     Weights,
 )
 from protocol.wire import WireError
+from tests.shop import CUT
 
 PLAN = RoundPlan(
-    "shops", "ads", "run", 2, 5, 3, LogisticConfig(), OptimizerConfig(), Unprotected(), 0.25
+    "shops", "ads", "run", 2, 5, 3, LogisticConfig(), OptimizerConfig(), Unprotected(), CUT, 0.25
 )
 WEIGHTS: Weights = {"w": np.arange(3, dtype=np.float32)}
 CONTEXT = Context(1, 7, {}, RecordDict(), {})
@@ -37,25 +38,24 @@ CONTEXT = Context(1, 7, {}, RecordDict(), {})
 class FakeSite:
     """Keeps what it is asked."""
 
-    name = "shop"
-
     def __init__(self) -> None:
-        self.asked: list[tuple[str, RoundPlan, Weights]] = []
+        self.asked: list[Request] = []
 
-    def describe(self, plan: RoundPlan) -> SiteDescription:
-        self.asked.append(("describe", plan, {}))
-        return SiteDescription(self.name, 12.0)
-
-    def train(self, plan: RoundPlan, weights: Weights) -> SiteUpdate:
-        self.asked.append(("train", plan, weights))
-        if plan.run == "refused":
-            raise PlanRefused("privacy.epsilon=9: at most 3")
-        trained = {name: w + 1 for name, w in weights.items()}
-        return SiteUpdate(self.name, plan.round, trained, 0.5)
-
-    def evaluate(self, plan: RoundPlan, weights: Weights) -> SiteEvaluation:
-        self.asked.append(("evaluate", plan, weights))
-        return SiteEvaluation(self.name, plan.round, ScoreHistogram.empty(), 0.0, None)
+    def answer(self, request: Request) -> dict[str, Reply]:
+        self.asked.append(request)
+        replies: dict[str, Reply] = {}
+        for ask, plan in request.plans.items():
+            if plan.run == "refused":
+                replies[ask] = SiteRefusal("shop", plan.round, "privacy.epsilon=9: at most 3")
+            elif ask == "describe":
+                replies[ask] = SiteDescription("shop", 12.0)
+            elif ask == "evaluate":
+                empty = ScoreHistogram.empty()
+                replies[ask] = SiteEvaluation("shop", plan.round, empty, 0.0, None)
+            else:
+                trained = {name: w + 1 for name, w in request.weights.items()}
+                replies[ask] = SiteUpdate("shop", plan.round, trained, 0.5)
+        return replies
 
 
 def message(kind: str, content: RecordDict) -> Message:
@@ -66,53 +66,61 @@ def message(kind: str, content: RecordDict) -> Message:
     return made
 
 
-def ask(site: FakeSite, kind: str, plan: RoundPlan = PLAN) -> Reply:
+def ask(site: FakeSite, kind: str, request: Request) -> Message:
     app = client_app(lambda _: nullcontext(cast(Site, site)))
-    weights = None if kind == "query" else WEIGHTS
-    reply = app(message(kind, plan_records(plan, weights)), CONTEXT)
+    reply = app(message(kind, to_records(request_parts(request))), CONTEXT)
     assert reply.metadata.reply_to_message_id == "m"
-    return read_reply(reply.content)
+    return reply
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "answer"),
+    ("kind", "asked", "answer"),
     [
         ("query", "describe", SiteDescription),
         ("train", "train", SiteUpdate),
         ("evaluate", "evaluate", SiteEvaluation),
     ],
 )
-def test_a_message_reaches_its_method_unchanged(kind: str, method: str, answer: type[Any]) -> None:
+def test_a_message_reaches_the_site_unchanged(kind: str, asked: str, answer: type[Any]) -> None:
     site = FakeSite()
 
-    reply = ask(site, kind)
+    message = ask(site, kind, Request({asked: PLAN}, {} if kind == "query" else WEIGHTS))
 
-    [(asked, plan, weights)] = site.asked
-    assert (asked, plan) == (method, PLAN)
+    [request] = site.asked
+    assert request.plans == {asked: PLAN}
+    reply = read_replies(from_records(message.content))[asked]
     assert type(reply) is answer
     if kind != "query":
-        assert weights["w"].tobytes() == WEIGHTS["w"].tobytes()
+        assert request.weights["w"].tobytes() == WEIGHTS["w"].tobytes()
     if isinstance(reply, SiteUpdate):
         np.testing.assert_array_equal(reply.weights["w"], WEIGHTS["w"] + 1)
         assert (reply.site, reply.round, reply.epsilon) == ("shop", 2, 0.5)
 
 
+def test_one_message_may_ask_for_several_things() -> None:
+    plans = {"evaluate": replace(PLAN, round=1, run="refused"), "train": PLAN}
+
+    message = ask(FakeSite(), "train", Request(plans, WEIGHTS))
+
+    replies = read_replies(from_records(message.content))
+    assert replies["evaluate"] == SiteRefusal("shop", 1, "privacy.epsilon=9: at most 3")
+    assert isinstance(replies["train"], SiteUpdate)
+    assert replies["train"].round == 2
+
+
 def test_a_refusal_is_an_answer_without_arrays() -> None:
-    plan = replace(PLAN, run="refused")
-    site = FakeSite()
-    app = client_app(lambda _: nullcontext(cast(Site, site)))
+    message = ask(FakeSite(), "train", Request({"train": replace(PLAN, run="refused")}, WEIGHTS))
 
-    reply = app(message("train", plan_records(plan, WEIGHTS)), CONTEXT)
-
-    assert read_reply(reply.content) == SiteRefusal("shop", 2, "privacy.epsilon=9: at most 3")
-    assert not reply.content.array_records
+    replies = read_replies(from_records(message.content))
+    assert replies == {"train": SiteRefusal("shop", 2, "privacy.epsilon=9: at most 3")}
+    assert not message.content.array_records
 
 
 def test_a_message_that_is_no_plan_never_reaches_the_site() -> None:
     def unopened(_: Context) -> AbstractContextManager[Site]:
         raise AssertionError("the site was opened")
 
-    content = RecordDict({"text": ConfigRecord({"RoundPlan": "{}"})})
+    content = RecordDict({"text": ConfigRecord({"train": "{}"})})
 
     with pytest.raises(WireError, match="missing"):
         client_app(unopened)(message("train", content), CONTEXT)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from client.policy import PlanRefused, PolicyError, SitePolicy
 from conf.schema import (
+    JourneyConfig,
     LogisticConfig,
     MlpConfig,
     OptimizerConfig,
@@ -49,6 +50,7 @@ PLAN = RoundPlan(
     LogisticConfig(),
     OptimizerConfig(),
     VisitorDP(epsilon=3.0, delta=1e-6, clipping_norm=3.0),
+    JourneyConfig(),
 )
 TRAINING = LocalTraining(0.25, 40, 256.0, 1.0, 3.0, OptimizerConfig())
 
@@ -73,7 +75,8 @@ def test_a_policy_is_read_from_its_file(policy: SitePolicy) -> None:
 
 def test_what_the_policy_allows_passes(policy: SitePolicy) -> None:
     policy.check_plan(PLAN)
-    policy.check_training(TRAINING, 10_000)
+    policy.check_training(TRAINING)
+    policy.check_parameters(10_000)
     policy.check_release("weights", PrivacyEvent(0.5, 0.25, 40))
     policy.check_visitors(500.0, PLAN)
     policy.check_spending(PLAN, 3.0, 6.0)
@@ -128,15 +131,15 @@ WEAKER: dict[str, tuple[Ask, str]] = {
         r"release=weights: this site allows count \(policy: releases\)",
     ),
     "sample rate": (
-        lambda p: p.check_training(replace(TRAINING, sample_rate=0.26), 1),
+        lambda p: p.check_training(replace(TRAINING, sample_rate=0.26)),
         r"sample rate=0\.26: this site allows at most 0\.25 \(policy: max_sample_rate\)",
     ),
     "steps": (
-        lambda p: p.check_training(replace(TRAINING, steps=41), 1),
+        lambda p: p.check_training(replace(TRAINING, steps=41)),
         r"steps=41: this site allows at most 40 \(policy: max_steps\)",
     ),
     "parameters": (
-        lambda p: p.check_training(TRAINING, 10_001),
+        lambda p: p.check_parameters(10_001),
         r"model parameters=10001: this site allows at most 10000 \(policy: max_parameters\)",
     ),
     "visitors": (
@@ -243,5 +246,6 @@ def test_a_simulation_allows_what_it_is_asked() -> None:
 
     policy.check_plan(replace(PLAN, privacy=Unprotected(), federation="any"))
     policy.check_release("weights", PrivacyEvent(0.0))
-    policy.check_training(replace(TRAINING, sample_rate=1.0, steps=10**6), 10**9)
+    policy.check_training(replace(TRAINING, sample_rate=1.0, steps=10**6))
+    policy.check_parameters(10**9)
     policy.check_visitors(1.0, PLAN)

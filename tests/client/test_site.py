@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
@@ -31,9 +31,11 @@ from models.score import logits
 from models.weights import set_weights
 from privacy.ledger import Entry, Ledger, LedgerDamagedError
 from privacy.mechanisms import GaussianCount
+from privacy.training import TrainingStopped
+from protocol.exchange import Request
 from protocol.plan import RoundPlan
-from protocol.replies import SiteEvaluation, SiteUpdate, Weights
-from tests.shop import SPEC, Untouchable
+from protocol.replies import SiteEvaluation, SiteRefusal, SiteUpdate, Weights
+from tests.shop import CUT, SPEC, Untouchable
 
 torch.set_num_threads(1)
 
@@ -41,7 +43,16 @@ MODEL = LogisticConfig()
 ROUNDS = 4
 PROMISE = VisitorDP(epsilon=2.0, delta=1e-5, count_noise=20.0)
 PLAN = RoundPlan(
-    "shops", "conversion-model", "run", 1, ROUNDS, 3, MODEL, OptimizerConfig(batch_size=32), PROMISE
+    "shops",
+    "conversion-model",
+    "run",
+    1,
+    ROUNDS,
+    3,
+    MODEL,
+    OptimizerConfig(batch_size=32),
+    PROMISE,
+    CUT,
 )
 POLICY = SitePolicy(
     federations=("shops",),
@@ -85,7 +96,7 @@ def a_site(
     seed: tuple[int, int] | None = (5, 0),
 ) -> Site:
     ledger = Ledger(tmp_path / "ledger.sqlite", durable=False)
-    return Site(journeys, SPEC, policy or SitePolicy.of_simulation(), ledger, seed)
+    return Site("shop", lambda _: journeys, policy or SitePolicy.of_simulation(), ledger, seed)
 
 
 def entries(tmp_path: Path) -> list[Entry]:
@@ -554,11 +565,77 @@ def test_promise_10_on_a_damaged_ledger_there_is_no_site(tmp_path: Path, site: S
         untouched(tmp_path)
 
 
-def test_weights_that_do_not_fit_are_an_error(site: Site, weights: Weights) -> None:
-    name = min(weights)
+@pytest.mark.parametrize("ask", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda w: {"output.weight": w["output.weight"]}, "output.bias: missing or unknown"),
+        (lambda w: {**w, "more": w["output.bias"]}, "more: missing or unknown"),
+        (
+            lambda w: {**w, "output.bias": np.zeros((1, 2), np.float32)},
+            r"output.bias: shape \(1, 2\) instead of \(1,\)",
+        ),
+        (
+            lambda w: {**w, "output.bias": np.full(1, np.nan, np.float32)},
+            "output.bias: a value is not finite",
+        ),
+    ],
+)
+def test_a_model_that_is_none_is_refused_before_anything_is_charged(
+    real_site: Site,
+    weights: Weights,
+    tmp_path: Path,
+    ask: str,
+    spoil: Callable[[Weights], Weights],
+    reason: str,
+) -> None:
+    real_site.describe(of_round(0))
 
-    with pytest.raises(RuntimeError, match=name):
-        site.train(of_round(1), {**weights, name: np.zeros((1, 2, 3), np.float32)})
+    with pytest.raises(PlanRefused, match=rf"^weights\.{reason}"):
+        getattr(real_site, ask)(of_round(1), spoil(weights))
+
+    assert asked(tmp_path) == [("describe", 0)]
+
+
+def test_a_model_too_large_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    huge = replace(PLAN, model=MlpConfig(embedding=65_536, hidden=65_536))
+    policy = replace(POLICY, models=("mlp",))
+    with closing(a_site(tmp_path, policy=policy, seed=None)) as site:
+        for ask in ("train", "evaluate"):
+            with pytest.raises(PlanRefused, match=r"^model parameters=.*at most 1000"):
+                getattr(site, ask)(huge, {})
+
+
+def test_training_that_was_stopped_is_answered_later_at_no_further_cost(
+    real_site: Site, weights: Weights, tmp_path: Path
+) -> None:
+    request = Request({"train": of_round(1)}, weights)
+    with pytest.raises(TrainingStopped):
+        real_site.answer(request, stopped=lambda: True)
+    [_, stopped] = entries(tmp_path)
+    assert (stopped.request.kind, stopped.committed) == ("train", False)
+
+    answer = real_site.answer(request)["train"]
+
+    assert isinstance(answer, SiteUpdate)
+    [_, answered] = entries(tmp_path)
+    assert answered == replace(stopped, committed=True)
+
+
+def test_each_thing_asked_is_answered_or_refused_for_itself(
+    tmp_path: Path, weights: Weights
+) -> None:
+    policy = replace(POLICY, releases=("count", "weights"))
+    with closing(a_site(tmp_path, policy=policy, seed=None)) as site:
+        plans = {"train": of_round(2), "evaluate": of_round(1)}
+        answers = site.answer(Request(plans, weights))
+
+    assert list(answers) == ["evaluate", "train"]
+    refusal = answers["evaluate"]
+    assert isinstance(refusal, SiteRefusal)
+    assert refusal.round == 1
+    assert refusal.reason.startswith("release=histogram")
+    assert isinstance(answers["train"], SiteUpdate)
 
 
 def test_a_spec_is_hashable() -> None:

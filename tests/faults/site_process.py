@@ -49,11 +49,13 @@ from privacy.ledger import Ledger, Request, Reservation
 from privacy.mechanisms import GaussianCount, GaussianHistogram
 from privacy.optimizer import VisitorDPOptimizer
 from privacy.training import LocalTraining, Trainer
+from protocol import exchange
+from protocol.exchange import read_replies, request_parts
 from protocol.plan import RoundPlan
-from protocol.records import plan_records, read_reply
+from protocol.records import from_records, to_records
 from protocol.replies import SiteRefusal, Weights
 from protocol.stored import reply_to_bytes
-from tests.shop import SPEC, Untouchable
+from tests.shop import CUT, SPEC, Untouchable
 
 torch.set_num_threads(1)
 
@@ -74,6 +76,7 @@ PLAN = RoundPlan(
     # Two steps a round, whatever the noise on the number of visitors.
     OptimizerConfig(batch_size=VISITORS // 2),
     PROMISE,
+    CUT,
 )
 POLICY = """\
 federations: [shops]
@@ -154,11 +157,14 @@ def serve(connection: Connection, folder: str, node: int, readable: bool) -> Non
 
     _announce(reach, run)
     try:
-        site = Site(
+        journeys = (
             SiteJourneys("shop", _examples(VISITORS, 1), _examples(200, 2))
             if readable
-            else cast(SiteJourneys, Untouchable()),
-            SPEC,
+            else cast(SiteJourneys, Untouchable())
+        )
+        site = Site(
+            "shop",
+            lambda _: journeys,
             SitePolicy.load(Path(folder) / "policy.yaml"),
             Ledger(Path(folder) / "ledger.sqlite"),
         )
@@ -175,7 +181,7 @@ def serve(connection: Connection, folder: str, node: int, readable: bool) -> Non
             except Exception as error:
                 tell(error=type(error).__name__, message=str(error))
                 continue
-            content = read_reply(reply.content)
+            [content] = read_replies(from_records(reply.content)).values()
             if isinstance(content, SiteRefusal):
                 tell(refused=content.reason, arrays=len(reply.content.array_records))
             else:
@@ -289,7 +295,8 @@ def _message(ask: Ask, node: int) -> Message:
     TaskIdentity.task_id = TaskIdentity.run_id = 1
     TaskIdentity.node_id = node
     kind = "query" if ask.kind == "describe" else ask.kind
-    content = plan_records(ask.plan, None if ask.kind == "describe" else _weights(ask.round))
+    model = {} if ask.kind == "describe" else _weights(ask.round)
+    content = to_records(request_parts(exchange.Request({ask.kind: ask.plan}, model)))
     message = Message(content, node, kind, group_id=str(ask.round), ttl=60.0)
     message.metadata.__dict__["_message_id"] = "asked"
     return message

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 
 from conf.schema import GruConfig, OptimizerConfig, VisitorDP
 from evaluation.histogram import NOISED, ScoreHistogram
+from protocol.exchange import Request, read_replies, read_request, reply_parts, request_parts
 from protocol.plan import RoundPlan
-from protocol.records import plan_records, read_plan, read_reply, reply_records
+from protocol.records import from_records, to_records
 from protocol.replies import (
     REPLIES,
     Reply,
@@ -28,8 +30,9 @@ from protocol.replies import (
     Weights,
 )
 from protocol.wire import LARGEST_TEXT, WireError, to_text
+from tests.shop import CUT
 
-PLAN = RoundPlan("f", "p", "r", 1, 3, 2, GruConfig(), OptimizerConfig(), VisitorDP())
+PLAN = RoundPlan("f", "p", "r", 1, 3, 2, GruConfig(), OptimizerConfig(), VisitorDP(), CUT)
 EVALUATION = SiteEvaluation("shop", 0, ScoreHistogram.empty(NOISED), 2.5, 0.5)
 WEIGHTS: Weights = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -40,6 +43,23 @@ WEIGHTS: Weights = {
     "": np.ones(1, np.float32),
 }
 UPDATE = SiteUpdate("shop", 1, WEIGHTS, 0.5)
+
+
+def plan_records(plan: RoundPlan, weights: Weights | None = None) -> RecordDict:
+    return to_records(request_parts(Request({"train": plan}, weights or {})))
+
+
+def read_plan(records: RecordDict) -> tuple[RoundPlan, Weights]:
+    request = read_request(from_records(records))
+    return request.plans["train"], request.weights
+
+
+def reply_records(reply: Reply) -> RecordDict:
+    return to_records(reply_parts({"train": reply}))
+
+
+def read_reply(records: RecordDict) -> Reply:
+    return read_replies(from_records(records))["train"]
 
 
 def weights_records(data: bytes, stype: str = "safetensors", name: str = "safetensors") -> Any:
@@ -95,17 +115,28 @@ def test_only_an_update_carries_arrays() -> None:
     for reply in (SiteDescription("a", 1.0), EVALUATION, SiteRefusal("a", 1, "no")):
         assert not reply_records(reply).array_records
     assert set(reply_records(UPDATE).array_records) == {"weights"}
-    assert "weights" not in json.loads(
-        str(reply_records(UPDATE).config_records["text"]["SiteUpdate"])
-    )
+    text = str(reply_records(UPDATE).config_records["text"]["train"])
+    assert "weights" not in json.loads(text.removeprefix("SiteUpdate "))
+
+
+def test_several_plans_and_several_replies_come_back_equal() -> None:
+    plans = {"evaluate": replace(PLAN, round=0), "train": PLAN}
+    records = to_records(request_parts(Request(plans, WEIGHTS)))
+    assert read_request(from_records(records)).plans == plans
+    replies: dict[str, Reply] = {"evaluate": SiteRefusal("shop", 0, "no"), "train": UPDATE}
+    back = read_replies(from_records(to_records(reply_parts(replies))))
+    assert list(back) == ["evaluate", "train"]
+    assert back["evaluate"] == replies["evaluate"]
+    assert isinstance(back["train"], SiteUpdate)
+    assert back["train"].weights["a"].tobytes() == WEIGHTS["a"].tobytes()
 
 
 def test_replies_are_all_kinds_of_reply() -> None:
     assert set(REPLIES.values()) == set(Reply.__args__)
 
 
-def text_records(kind: str, text: Any) -> RecordDict:
-    return RecordDict({"text": ConfigRecord({kind: text})})
+def text_records(text: Any, ask: str = "train") -> RecordDict:
+    return RecordDict({"text": ConfigRecord({ask: text})})
 
 
 @pytest.mark.parametrize(
@@ -113,20 +144,22 @@ def text_records(kind: str, text: Any) -> RecordDict:
     [
         (RecordDict(), "without text"),
         (RecordDict({"text": ConfigRecord()}), "without text"),
-        (RecordDict({"text": ConfigRecord({"A": "1", "B": "2"})}), "more than one"),
-        (RecordDict({"other": ConfigRecord({"SiteRefusal": "{}"})}), "without text"),
-        (RecordDict({"text": MetricRecord({"SiteRefusal": 1})}), "without text"),
-        (text_records("RoundPlan", to_text(PLAN)), "RoundPlan: no such reply"),
-        (text_records("SiteFailure", "{}"), "SiteFailure: no such reply"),
-        (text_records("", "{}"), "no such reply"),
-        (text_records("SiteRefusal", b"{}"), "no text"),
-        (text_records("SiteRefusal", 3), "no text"),
-        (text_records("SiteRefusal", ["{}"]), "no text"),
-        (text_records("SiteRefusal", "[" * 100_000), "not JSON"),
-        (text_records("SiteRefusal", " " * (LARGEST_TEXT + 1)), "too long"),
-        (text_records("SiteEvaluation", '{"site": "a"}'), "missing"),
-        (text_records("SiteDescription", '{"site": "a", "visitors": NaN}'), "visitors"),
-        (text_records("SiteUpdate", "{}"), "missing"),
+        (RecordDict({"text": ConfigRecord({"A": "1", "B": "2"})}), "something else"),
+        (RecordDict({"other": ConfigRecord({"train": "SiteRefusal {}"})}), "without text"),
+        (RecordDict({"text": MetricRecord({"train": 1})}), "without text"),
+        (text_records(f"RoundPlan {to_text(PLAN)}"), "train: no such reply"),
+        (text_records("SiteFailure {}"), "train: no such reply"),
+        (text_records(" {}"), "no such reply"),
+        (text_records("SiteRefusal {}", "score"), "something else"),
+        (text_records(b"SiteRefusal {}"), "no text"),
+        (text_records(3), "no text"),
+        (text_records(["SiteRefusal {}"]), "no text"),
+        (text_records("SiteRefusal"), "not JSON"),
+        (text_records("SiteRefusal " + "[" * 100_000), "not JSON"),
+        (text_records("SiteRefusal " + " " * (LARGEST_TEXT + 1)), "too long"),
+        (text_records('SiteEvaluation {"site": "a"}'), "missing"),
+        (text_records('SiteDescription {"site": "a", "visitors": NaN}'), "visitors"),
+        (text_records("SiteUpdate {}"), "missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

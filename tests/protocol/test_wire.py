@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from conf.schema import (
     AttentionConfig,
+    FeatureConfig,
     GruConfig,
+    JourneyConfig,
     LogisticConfig,
     MlpConfig,
+    NumericColumn,
     OptimizerConfig,
     Unprotected,
     VisitorDP,
@@ -23,6 +26,9 @@ from protocol.replies import SiteDescription, SiteEvaluation, SiteRefusal, SiteU
 from protocol.wire import LARGEST_TEXT, WireError, from_text, to_text
 
 KINDS = [RoundPlan, SiteDescription, SiteEvaluation, SiteUpdate, SiteRefusal]
+JOURNEYS = JourneyConfig(
+    FeatureConfig(["email"], categorical={"device": ["mobile"]}, numeric={"n": NumericColumn()})
+)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(1e-6, 1e6)
 names = st.text(max_size=20)
@@ -49,6 +55,24 @@ plans = st.builds(
         st.builds(Unprotected, name=st.just("unprotected")),
         st.builds(VisitorDP, name=st.just("visitor_dp"), epsilon=positive, delta=st.just(1e-6)),
     ),
+    journeys=st.builds(
+        JourneyConfig,
+        features=st.builds(
+            FeatureConfig,
+            channels=st.lists(names, unique=True, max_size=3),
+            categorical=st.dictionaries(
+                names.map("c {}".format), st.lists(names, unique=True, max_size=3), max_size=2
+            ),
+            numeric=st.dictionaries(
+                names.map("n {}".format),
+                st.builds(NumericColumn, low=st.just(0), high=positive, log=st.booleans()),
+                max_size=2,
+            ),
+        ),
+        lookback_days=positive,
+        horizon_days=positive,
+        contributions=st.integers(1, 9),
+    ),
     proximal_mu=finite,
 )
 replies = st.one_of(
@@ -58,7 +82,7 @@ replies = st.one_of(
 
 
 def a_plan() -> RoundPlan:
-    return RoundPlan("f", "p", "r", 1, 3, 2, GruConfig(), OptimizerConfig(), VisitorDP())
+    return RoundPlan("f", "p", "r", 1, 3, 2, GruConfig(), OptimizerConfig(), VisitorDP(), JOURNEYS)
 
 
 def an_evaluation(bins: Bins = NOISED) -> SiteEvaluation:
@@ -145,6 +169,23 @@ FAULTS: list[tuple[tuple[str, ...], object, str]] = [
     (("optimizer", "name"), "lbfgs", "RoundPlan.optimizer: optimizer.name=lbfgs"),
     (("optimizer", "momentum"), None, "RoundPlan.optimizer.momentum: not of type"),
     (("fresh",), 1, "RoundPlan.fresh: unknown field"),
+    (("journeys",), None, "RoundPlan.journeys: not an object"),
+    (("journeys", "horizon_days"), 0, "RoundPlan.journeys: data.horizon_days=0"),
+    (("journeys", "features", "channels"), "email", "RoundPlan.journeys.features.channels: not"),
+    (("journeys", "features", "channels"), ["a", 1], "RoundPlan.journeys.features.channels[1]:"),
+    (("journeys", "features", "channels"), ["a", "a"], "RoundPlan.journeys.features: data."),
+    (("journeys", "features", "categorical"), [], "RoundPlan.journeys.features.categorical: not"),
+    (
+        ("journeys", "features", "categorical"),
+        {"a": "b"},
+        "RoundPlan.journeys.features.categorical.*: not of type",
+    ),
+    (("journeys", "features", "numeric"), {"a": 1}, "RoundPlan.journeys.features.numeric.*: not"),
+    (
+        ("journeys", "features", "numeric", "n", "high"),
+        -1,
+        "RoundPlan.journeys.features.numeric.*: data.features.numeric.*.high=-1",
+    ),
 ]
 
 
@@ -165,8 +206,8 @@ def test_every_missing_field_is_named() -> None:
     for key in whole:
         with pytest.raises(WireError, match=rf"RoundPlan\.{key}: missing"):
             from_text(RoundPlan, json.dumps({k: v for k, v in whole.items() if k != key}))
-    for group in ("model", "privacy", "optimizer"):
-        for key in set(whole[group]) - ({"name"} if group != "optimizer" else set()):
+    for group in ("model", "privacy", "optimizer", "journeys"):
+        for key in set(whole[group]) - ({"name"} if group in ("model", "privacy") else set()):
             less = {k: v for k, v in whole[group].items() if k != key}
             with pytest.raises(WireError, match=rf"RoundPlan\.{group}\.{key}: missing"):
                 from_text(RoundPlan, json.dumps({**whole, group: less}))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from conf.schema import LogisticConfig, OptimizerConfig, Unprotected, VisitorDP
 from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
+from protocol.exchange import Request, read_request, reply_parts
 from protocol.plan import RoundPlan
-from protocol.records import read_plan, reply_records
+from protocol.records import from_records, to_records
 from protocol.replies import (
     Reply,
     SiteDescription,
@@ -28,11 +29,13 @@ from protocol.replies import (
     Weights,
 )
 from server.federation import Federation, JoinError
+from tests.shop import CUT
 
 PLAN = RoundPlan(
-    "federation", "purpose", "run", 0, 5, 2, LogisticConfig(), OptimizerConfig(), Unprotected()
+    "federation", "purpose", "run", 0, 5, 2, LogisticConfig(), OptimizerConfig(), Unprotected(), CUT
 )
 WEIGHTS: Weights = {"w": np.ones(3, np.float32)}
+EVALUATE = Request({"evaluate": replace(PLAN, round=3)}, WEIGHTS)
 
 Answer = Callable[[Message, RoundPlan], list[Message]]
 
@@ -68,7 +71,7 @@ class FakeGrid(Grid):
         for message in messages:
             node = message.metadata.dst_node_id
             message.metadata.__dict__["_message_id"] = f"{node}-{self.calls}"
-            plan, _ = read_plan(message.content)
+            plan = list(read_request(from_records(message.content)).plans.values())[-1]
             self.asked.append((node, message.metadata.message_type, plan))
             self._replies += self.nodes[node](message, plan)
             ids.append(message.metadata.message_id)
@@ -82,6 +85,20 @@ class FakeGrid(Grid):
 
     def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
         raise NotImplementedError
+
+
+class ById(FakeGrid):
+    """Hands out what is asked for and nothing else, as a network does."""
+
+    def __init__(self, grid: FakeGrid) -> None:
+        super().__init__(grid.nodes)
+        self.get_node_ids = grid.get_node_ids  # type: ignore[method-assign]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = set(message_ids)
+        came = [r for r in self._replies if r.metadata.reply_to_message_id in asked]
+        self._replies = [r for r in self._replies if r not in came]
+        return came
 
 
 def update(site: str, round_: int, value: float = 2.0) -> SiteUpdate:
@@ -102,7 +119,9 @@ def honest(site: str, message: Message, plan: RoundPlan) -> Reply:
 
 
 def reply(message: Message, answer: Reply) -> Message:
-    return Message(reply_records(answer), reply_to=message)
+    kind = message.metadata.message_type
+    ask = "describe" if kind == "query" else kind
+    return Message(to_records(reply_parts({ask: answer})), reply_to=message)
 
 
 def good(site: str) -> Answer:
@@ -127,7 +146,8 @@ def joined(*nodes: Answer, timeout: float = 5.0, needed: int | None = None) -> F
 
 
 def train(federation: Federation, timeout: float = 0.3) -> dict[str, SiteUpdate | SiteFailure]:
-    answers = federation.train(replace(PLAN, round=2), WEIGHTS, timeout)
+    request = Request({"train": replace(PLAN, round=2)}, WEIGHTS)
+    answers = cast(list[SiteUpdate | SiteFailure], federation.ask(request, timeout)["train"])
     assert len({a.site for a in answers}) == len(answers)
     return {answer.site: answer for answer in answers}
 
@@ -141,7 +161,7 @@ def text(kind: str, value: Any) -> RecordDict:
 
 
 def with_array(data: bytes, stype: str = "safetensors", name: str = "safetensors") -> Answer:
-    records = reply_records(update("bad", 2))
+    records = to_records(reply_parts({"train": update("bad", 2)}))
     records["weights"] = ArrayRecord({name: Array("", (), stype, data)})
     return with_content(records)
 
@@ -184,13 +204,19 @@ BAD: dict[str, tuple[Answer, str, str]] = {
         "answered with a SiteDescription",
     ),
     "no content": (with_content(RecordDict()), "dropped", "without text"),
-    "unknown kind": (with_content(text("Site", "{}")), "dropped", "Site: no such reply"),
-    "plan": (with_content(text("RoundPlan", "{}")), "dropped", "no such reply"),
-    "bytes": (with_content(text("SiteUpdate", b"\x80\x04.")), "dropped", "SiteUpdate"),
-    "number": (with_content(text("SiteUpdate", 7)), "dropped", "SiteUpdate"),
-    "no JSON": (with_content(text("SiteUpdate", "{")), "dropped", "not JSON"),
-    "no object": (with_content(text("SiteUpdate", "[1]")), "dropped", "not an object"),
-    "no fields": (with_content(text("SiteUpdate", "{}")), "dropped", "missing"),
+    "unknown kind": (with_content(text("train", "Site {}")), "dropped", "train: no such reply"),
+    "plan": (with_content(text("train", "RoundPlan {}")), "dropped", "no such reply"),
+    "something else": (with_content(text("score", "SiteUpdate {}")), "dropped", "something else"),
+    "another ask": (
+        with_content(text("describe", 'SiteDescription {"site": "bad", "visitors": 1}')),
+        "dropped",
+        "no answer to train",
+    ),
+    "bytes": (with_content(text("train", b"\x80\x04.")), "dropped", "train: no text"),
+    "number": (with_content(text("train", 7)), "dropped", "train: no text"),
+    "no JSON": (with_content(text("train", "SiteUpdate {")), "dropped", "not JSON"),
+    "no object": (with_content(text("train", "SiteUpdate [1]")), "dropped", "not an object"),
+    "no fields": (with_content(text("train", "SiteUpdate {}")), "dropped", "missing"),
     "evaluation": (
         lambda m, _: [reply(m, evaluation("bad", 2))],
         "dropped",
@@ -300,7 +326,9 @@ def test_evaluations() -> None:
     mixed = after_joining("b", lambda m, _: [Message(Error(1, "broke"), reply_to=m)])
     federation = joined(good("a"), mixed)
 
-    answers = federation.evaluate(replace(PLAN, round=3), WEIGHTS, 1.0)
+    answers = federation.ask(Request({"evaluate": replace(PLAN, round=3)}, WEIGHTS), 1.0)[
+        "evaluate"
+    ]
 
     assert [a.site for a in answers] == ["a", "b"]
     assert isinstance(answers[0], SiteEvaluation)
@@ -335,7 +363,9 @@ def test_an_evaluation_that_is_not_sound_is_dropped_alone(kind: str) -> None:
     bad, reason = BAD_EVALUATIONS[kind]
     federation = joined(good("a"), after_joining("bad", lambda m, _: [reply(m, bad)]), good("z"))
 
-    answers = federation.evaluate(replace(PLAN, round=3), WEIGHTS, 1.0)
+    answers = federation.ask(Request({"evaluate": replace(PLAN, round=3)}, WEIGHTS), 1.0)[
+        "evaluate"
+    ]
 
     assert [type(a) for a in answers] == [SiteEvaluation, SiteFailure, SiteEvaluation]
     assert answers[1].site == "bad"
@@ -349,7 +379,7 @@ def test_where_visitors_are_protected_counts_without_noise_are_dropped() -> None
     federation = joined(good("exact"), noised)
 
     protected = replace(PLAN, round=3, privacy=VisitorDP())
-    answers = federation.evaluate(protected, WEIGHTS, 1.0)
+    answers = federation.ask(Request({"evaluate": protected}, WEIGHTS), 1.0)["evaluate"]
 
     reason = "histogram: 400 bins instead of 24"
     assert answers[0] == SiteFailure("exact", "dropped", reason)
@@ -382,7 +412,7 @@ def test_a_late_reply_of_an_earlier_round_does_not_count_for_a_later_one() -> No
         return released
 
     federation = joined(good("a"), after_joining("b", late))
-    federation.train(replace(PLAN, round=1), WEIGHTS, 0.2)
+    federation.ask(Request({"train": replace(PLAN, round=1)}, WEIGHTS), 0.2)
 
     answers = train(federation)
 
@@ -417,8 +447,8 @@ def test_join_error_says_what_to_do_and_why_a_site_did_not_come() -> None:
         joined(good("a"), refuses, timeout=2.0)
 
     assert str(raised.value) == (
-        "1 of 2 sites joined within 2 s, 2 are needed (privacy.epsilon=9); start the missing sites "
-        "or lower strategy.quorum"
+        "1 of 2 sites joined within 2 s, 2 are needed (b: privacy.epsilon=9); start the missing "
+        "sites or lower strategy.quorum"
     )
 
 
@@ -444,3 +474,46 @@ def test_sites_may_be_slow_to_appear() -> None:
     federation.join(PLAN, expected=2, needed=2, timeout=5.0)
 
     assert list(federation.descriptions) == ["a", "b"]
+
+
+def test_a_site_that_comes_late_joins_with_the_next_round() -> None:
+    grid = FakeGrid({1: good("a"), 2: good("b"), 3: good("c")})
+    here = [1, 2]
+    grid.get_node_ids = lambda: here  # type: ignore[method-assign]
+    federation = Federation(ById(grid))
+    federation.join(PLAN, expected=3, needed=2, timeout=0.2)
+    here.append(3)
+
+    assert list(train(federation)) == ["a", "b"]
+    assert list(train(federation)) == ["a", "b", "c"]
+
+
+def test_who_refused_is_not_asked_to_join_again() -> None:
+    refuses: Answer = lambda m, _: [reply(m, SiteRefusal("shy", 0, "privacy: too weak"))]  # noqa: E731
+    grid = FakeGrid({1: good("a"), 2: refuses})
+    federation = Federation(grid)
+    federation.join(PLAN, expected=2, needed=1, timeout=0.2)
+
+    train(federation)
+    train(federation)
+
+    assert [kind for node, kind, _ in grid.asked if node == 2] == ["query"]
+
+
+def test_only_admitted_nodes_are_asked_and_under_their_own_names() -> None:
+    grid = FakeGrid({1: good("a"), 2: good("a"), 3: good("stranger")})
+    federation = Federation(grid, admitted={1: "a", 2: "b"})
+
+    federation.join(PLAN, expected=2, needed=1, timeout=0.2)
+
+    assert {node for node, _, _ in grid.asked} == {1, 2}
+    assert list(federation.descriptions) == ["a"]
+    assert federation.absent == [SiteFailure("b", "dropped", "answered under another site's name")]
+
+
+def test_an_admitted_site_that_is_not_there_is_named() -> None:
+    federation = Federation(FakeGrid({1: good("a")}), admitted={1: "a", 2: "b"})
+
+    federation.join(PLAN, expected=2, needed=1, timeout=0.2)
+
+    assert federation.absent == [SiteFailure("b", "missing", "not connected")]

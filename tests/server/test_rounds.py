@@ -13,8 +13,10 @@ import pytest
 from conf.compose import load
 from conf.schema import Config
 from evaluation.histogram import EXACT, ScoreHistogram
+from protocol.exchange import Request
 from protocol.plan import RoundPlan
 from protocol.replies import (
+    Reply,
     SiteDescription,
     SiteEvaluation,
     SiteFailure,
@@ -55,10 +57,12 @@ class FakeFederation:
     def join(self, plan: RoundPlan, expected: int, needed: int, timeout: float) -> None:
         self.joined = (expected, needed, timeout)
 
-    def train(
-        self, plan: RoundPlan, weights: Weights, timeout: float
-    ) -> list[SiteUpdate | SiteFailure]:
-        self.plans.append(plan)
+    def ask(self, request: Request, timeout: float) -> dict[str, list[Reply | SiteFailure]]:
+        self.plans += request.plans.values()
+        asks = {"evaluate": self.evaluate, "train": self.train}
+        return {ask: list(asks[ask](plan, request.weights)) for ask, plan in request.plans.items()}
+
+    def train(self, plan: RoundPlan, weights: Weights) -> list[SiteUpdate | SiteFailure]:
         answers: list[SiteUpdate | SiteFailure] = []
         for site in SITES:
             trained = self.behaviour(site, plan.round, weights)
@@ -69,10 +73,7 @@ class FakeFederation:
                 answers.append(SiteUpdate(site, plan.round, trained, told))
         return answers
 
-    def evaluate(
-        self, plan: RoundPlan, weights: Weights, timeout: float
-    ) -> list[SiteEvaluation | SiteFailure]:
-        self.plans.append(plan)
+    def evaluate(self, plan: RoundPlan, weights: Weights) -> list[SiteEvaluation | SiteFailure]:
         return [
             SiteEvaluation("a", plan.round, histogram(), 0.0, None),
             SiteFailure("b", "missing", "no reply in 5 s"),
@@ -135,10 +136,10 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
     original = FakeFederation.train
 
     def train(
-        self: FakeFederation, plan: RoundPlan, weights: Weights, timeout: float
+        self: FakeFederation, plan: RoundPlan, weights: Weights
     ) -> list[SiteUpdate | SiteFailure]:
         seen.append({name: w.copy() for name, w in weights.items()})
-        return original(self, plan, weights, timeout)
+        return original(self, plan, weights)
 
     monkeypatch.setattr(FakeFederation, "train", train)
     return seen

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -19,8 +19,9 @@ from journeys.examples import Examples
 from journeys.features import FeatureSpec, feature_spec
 from journeys.site import SiteJourneys
 from privacy.ledger import Ledger, LedgerBusyError
-from protocol.records import plan_records, read_reply
-from protocol.replies import SiteDescription
+from protocol.exchange import Request, read_replies, request_parts
+from protocol.records import from_records, to_records
+from protocol.replies import SiteDescription, Weights
 from server.federation import Federation
 from server.rounds import first_plan, initial_weights
 from simulation.faults import Fault, Faults
@@ -30,6 +31,12 @@ from simulation.local_grid import LocalGrid, _pin
 CONFIG: Config = load(["debug=tiny", "model=logistic", "privacy=unprotected"])
 SPEC: FeatureSpec = feature_spec(CONFIG.data.features)
 PLAN = first_plan(CONFIG, "run")
+
+
+def records_of(ask: str, weights: Weights | None = None) -> RecordDict:
+    return to_records(request_parts(Request({ask: PLAN}, weights or {})))
+
+
 SIZES = (5, 9, 7)
 
 
@@ -110,12 +117,14 @@ def test_every_site_answers_for_itself(fleet: Fleet) -> None:
 
 def test_flowers_own_calls_work(fleet: Fleet) -> None:
     with LocalGrid(fleet, workers=0) as grid:
-        message = grid.create_message(plan_records(PLAN), "query", 2, "0")
+        message = grid.create_message(records_of("describe"), "query", 2, "0")
         replies = list(grid.send_and_receive([message], timeout=10.0))
 
         assert list(grid.get_node_ids()) == [1, 2, 3]
         assert grid.run.run_id == 1
-        assert [read_reply(r.content) for r in replies] == [SiteDescription("site 1", 9.0)]
+        assert [read_replies(from_records(r.content)) for r in replies] == [
+            {"describe": SiteDescription("site 1", 9.0)}
+        ]
         assert replies[0].metadata.src_node_id == 2
         assert list(grid.pull_messages([message.metadata.message_id])) == []
 
@@ -125,7 +134,7 @@ def test_an_error_at_a_site_becomes_a_reply_without_its_text(fleet: Fleet) -> No
         file.unlink()
 
     with LocalGrid(fleet, workers=0) as grid:
-        message = grid.create_message(plan_records(PLAN), "query", 2, "0")
+        message = grid.create_message(records_of("describe"), "query", 2, "0")
         [reply] = grid.send_and_receive([message], timeout=10.0)
 
     assert reply.has_error()
@@ -137,7 +146,7 @@ def test_closing_ends_a_hanging_worker_and_what_is_queued_behind_it(fleet: Fleet
     faults = Faults(((0, 1, Fault.HANG),))
     children = set(multiprocessing.active_children())
     with LocalGrid(fleet, workers=1, faults=faults) as grid:
-        records = plan_records(PLAN, initial_weights(CONFIG))
+        records = records_of("train", initial_weights(CONFIG))
         for node in (1, 2, 3):
             grid.push_messages([Message(records, node, "train", group_id="1", ttl=600.0)])
         time.sleep(0.5)
@@ -150,7 +159,7 @@ def test_closing_ends_a_hanging_worker_and_what_is_queued_behind_it(fleet: Fleet
 @pytest.mark.slow
 def test_a_site_behind_a_hanging_one_is_not_blamed_for_it(fleet: Fleet) -> None:
     faults = Faults(((0, 1, Fault.HANG),))
-    records = plan_records(PLAN, initial_weights(CONFIG))
+    records = records_of("train", initial_weights(CONFIG))
     with LocalGrid(fleet, workers=1, faults=faults) as grid:
         messages = [Message(records, node, "train", group_id="1", ttl=2.0) for node in (1, 2, 3)]
         replies = grid.send_and_receive(messages, timeout=20.0)

@@ -14,7 +14,8 @@ from conf.compose import load
 from journeys.features import feature_spec
 from journeys.sites import load_sites
 from privacy.ledger import Ledger, Release
-from protocol.records import read_plan, read_reply
+from protocol.exchange import read_replies, read_request
+from protocol.records import from_records
 from protocol.replies import Reply, SiteDescription, SiteEvaluation, SiteRefusal, SiteUpdate
 from server.federation import Federation
 from server.rounds import run_rounds
@@ -50,6 +51,9 @@ class Exchange:
     round: int
     reply: Reply
     parts: list[str]
+    """Of the message that it came in, which may have held other replies."""
+    asked: list[str]
+    """All that its message answered."""
 
 
 class Recording(LocalGrid):
@@ -66,18 +70,20 @@ class Recording(LocalGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         replies = list(super().pull_messages(message_ids))
-        self.heard = [*getattr(self, "heard", []), *map(self._exchange, replies)]
+        heard = [one for reply in replies for one in self._exchanges(reply)]
+        self.heard = [*getattr(self, "heard", []), *heard]
         return replies
 
-    def _exchange(self, reply: Message) -> Exchange:
-        request = self.asked[reply.metadata.reply_to_message_id]
-        plan, _ = read_plan(request.content)
-        kind = {"query": "describe"}.get(
-            request.metadata.message_type, request.metadata.message_type
-        )
+    def _exchanges(self, reply: Message) -> list[Exchange]:
+        request = read_request(from_records(self.asked[reply.metadata.reply_to_message_id].content))
+        replies = read_replies(from_records(reply.content))
         parts = [key for record in reply.content.values() for key in record]
-        run = f"{plan.federation}/{plan.run}"
-        return Exchange(kind, run, plan.round, read_reply(reply.content), parts)
+        return [
+            Exchange(
+                ask, f"{plan.federation}/{plan.run}", plan.round, replies[ask], parts, [*replies]
+            )
+            for ask, plan in request.plans.items()
+        ]
 
 
 def released(folder: Path, index: int) -> dict[tuple[str, int, str], set[str]]:
@@ -120,8 +126,10 @@ def test_every_field_of_every_reply_has_its_release(
 def test_nothing_travels_beside_a_reply(whole_run: tuple[Path, list[Exchange]]) -> None:
     _, heard = whole_run
     for exchange in heard:
-        extra = ["safetensors"] if isinstance(exchange.reply, SiteUpdate) else []
-        assert exchange.parts == [type(exchange.reply).__name__, *extra]
+        extra = ["safetensors"] if "train" in exchange.asked else []
+        assert exchange.parts == [*exchange.asked, *extra]
+    together = {tuple(sorted(exchange.asked)) for exchange in heard}
+    assert together == {("describe",), ("train",), ("evaluate", "train"), ("evaluate",)}
 
 
 def test_every_release_is_one_that_left(whole_run: tuple[Path, list[Exchange]]) -> None:

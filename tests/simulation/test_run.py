@@ -127,23 +127,32 @@ class Stopped(Exception):  # noqa: N818
     """The process ends here."""
 
 
-def stop_after(round_: int) -> Any:
+def stop_after(round_: int, kind: type = RoundReport) -> Any:
     def watch(report: RoundReport | EvaluationReport) -> None:
-        # Before the round's checkpoint, but for the last round's.
-        if isinstance(report, EvaluationReport) and report.round == round_:
+        # Before the round's checkpoint; the last round's evaluation comes after it.
+        if isinstance(report, kind) and report.round == round_:
             raise Stopped
 
     return watch
 
 
-@pytest.mark.parametrize("after", [1, 2, ROUNDS])
+@pytest.mark.parametrize(
+    ("after", "kind", "charged"),
+    # Joining, then a round's training with the evaluation of the one before; the last alone.
+    [
+        (1, RoundReport, 2),
+        (2, RoundReport, 4),
+        (ROUNDS, RoundReport, 2 * ROUNDS),
+        (ROUNDS, EvaluationReport, 2 * ROUNDS + 1),
+    ],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    through: Path, tmp_path: Path, after: int
+    through: Path, tmp_path: Path, after: int, kind: type, charged: int
 ) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Stopped):
-        simulate(settings(), folder, stop_after(after))
-    assert {len(of) for of in ledgers(folder).values()} == {1 + 2 * after}
+        simulate(settings(), folder, stop_after(after, kind))
+    assert {len(of) for of in ledgers(folder).values()} == {charged}
 
     simulate(settings(), folder, lambda _: None)
 

@@ -1,0 +1,101 @@
+"""One exchange between coordinator and site: what is asked, and what is answered to each ask.
+
+A request may ask for several things of one model, such as its evaluation and the next round's
+training, so that a round costs one message each way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import safetensors.numpy
+
+from protocol.plan import RoundPlan
+from protocol.replies import REPLIES, Reply, SiteUpdate, Weights
+from protocol.stored import weights_to_bytes
+from protocol.wire import WireError, from_text, to_text
+
+ASKS = ("describe", "evaluate", "train")
+"""What can be asked, in the order in which a site answers."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A request or its answer as it travels, unread."""
+
+    texts: Mapping[str, str]
+    """JSON, by what is asked."""
+    weights: bytes | None
+    """A model in the format of safetensors."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the coordinator asks, in one message."""
+
+    plans: Mapping[str, RoundPlan]
+    """By what is asked (`ASKS`); at least one."""
+    weights: Weights = field(default_factory=dict)
+    """The model that is to be evaluated or trained; empty where there is none."""
+
+
+def request_parts(request: Request) -> Parts:
+    """A request, to be sent."""
+    texts = {ask: to_text(plan) for ask, plan in request.plans.items()}
+    return Parts(texts, weights_to_bytes(request.weights) if request.weights else None)
+
+
+def read_request(parts: Parts) -> Request:
+    """The request that `request_parts` wrote. Raises `WireError`."""
+    _check_asks(parts)
+    plans = {ask: from_text(RoundPlan, text) for ask, text in parts.texts.items()}
+    return Request(plans, _read_weights(parts.weights))
+
+
+def reply_parts(replies: Mapping[str, Reply]) -> Parts:
+    """The answers to one request, by what was asked."""
+    texts, weights = {}, None
+    for ask, reply in replies.items():
+        texts[ask] = f"{type(reply).__name__} {to_text(reply, leave_out=('weights',))}"
+        if isinstance(reply, SiteUpdate):
+            weights = weights_to_bytes(reply.weights)
+    return Parts(texts, weights)
+
+
+def read_replies(parts: Parts) -> dict[str, Reply]:
+    """The answers that `reply_parts` wrote. Raises `WireError`."""
+    _check_asks(parts)
+    replies: dict[str, Reply] = {}
+    for ask, told in parts.texts.items():
+        kind, _, text = told.partition(" ")
+        if kind not in REPLIES:
+            raise WireError(f"{ask}: no such reply")
+        if kind == "SiteUpdate":
+            replies[ask] = from_text(SiteUpdate, text, weights=_read_weights(parts.weights))
+        else:
+            replies[ask] = from_text(REPLIES[kind], text)
+    return replies
+
+
+def _check_asks(parts: Parts) -> None:
+    if not parts.texts:
+        raise WireError("a message without text")
+    for ask in parts.texts:
+        if ask not in ASKS:
+            raise WireError(f"a message that asks for something else than {', '.join(ASKS)}")
+
+
+def _read_weights(data: bytes | None) -> Weights:
+    if data is None:
+        return {}
+    try:
+        weights = safetensors.numpy.load(data)
+    except Exception as error:
+        # Whatever hostile bytes raise: SafetensorError, KeyError of an unknown type and more.
+        raise WireError("weights: arrays that cannot be read") from error
+    for name, array in weights.items():
+        if array.dtype != np.float32:
+            raise WireError(f"weights.{name}: {array.dtype} instead of float32")
+    return weights
