@@ -92,17 +92,15 @@ def store(folder: Path, sites: int, visitors: int) -> None:
 
     # Two visitors held out: evaluation takes no time.
     drawn = [SiteJourneys(f"site {i}", draw(visitors), draw(2)) for i in range(sites)]
-    Fleet.store(drawn, spec, 0, folder, folder / "ledgers")
+    Fleet.store(drawn, 0, folder, folder / "ledgers")
 
 
 def open_fleet(journeys: Path, ledgers: Path, sites: int, visitors: int) -> Fleet:
     """The fleet that `store` wrote, with ledgers of its own."""
-    from journeys.features import feature_spec
     from simulation.fleet import Fleet
 
-    spec = feature_spec(settings("mlp", 1).data.features)
     names = tuple(f"site {i}" for i in range(sites))
-    return Fleet(names, (visitors,) * sites, spec, 0, journeys, ledgers)
+    return Fleet(names, (visitors,) * sites, 0, journeys, ledgers)
 
 
 Round = Callable[[int], None]
@@ -124,11 +122,12 @@ def plain(fleet: Fleet, config: Config) -> None:
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits
 
+    from journeys.features import feature_spec
     from models.registry import build
     from models.weights import get_weights, set_weights
     from server.rounds import initial_weights
 
-    model = build(config.model, fleet.spec)
+    model = build(config.model, feature_spec(config.data.features))
     sites = [whole(fleet.open_journeys(i).train) for i in range(len(fleet.names))]
     state = initial_weights(config)
 
@@ -158,6 +157,7 @@ def opacus(fleet: Fleet, config: Config) -> None:
     from torch.nn.functional import binary_cross_entropy_with_logits
     from torch.utils.data import DataLoader, TensorDataset
 
+    from journeys.features import feature_spec
     from models.batch import JourneyBatch
     from models.registry import build
     from models.weights import get_weights, set_weights
@@ -168,12 +168,13 @@ def opacus(fleet: Fleet, config: Config) -> None:
     for index in range(len(fleet.names)):
         data = whole(fleet.open_journeys(index).train)
         sets.append(TensorDataset(data.categorical, data.numeric, data.length, data.label))
+    spec = feature_spec(config.data.features)
     state = initial_weights(config)
 
     def one_round(_: int) -> None:
         trained = []
         for data in sets:
-            model = build(config.model, fleet.spec)
+            model = build(config.model, spec)
             set_weights(model, state)
             engine = PrivacyEngine(secure_mode=False)
             private, optimizer, loader = engine.make_private(
@@ -201,13 +202,14 @@ def direct(fleet: Fleet, config: Config) -> None:
     """What a site of ours does in `Trainer.train`, and nothing around it."""
     import numpy as np
 
+    from journeys.features import feature_spec
     from models.registry import build
     from privacy.randomness import SeededRandomness
     from privacy.training import LocalTraining, Trainer
     from server.rounds import initial_weights
 
     sites = [fleet.open_journeys(i).train for i in range(len(fleet.names))]
-    trainer = Trainer(build(config.model, fleet.spec))
+    trainer = Trainer(build(config.model, feature_spec(config.data.features)))
     state = initial_weights(config)
 
     def one_round(round_: int) -> None:

@@ -27,7 +27,7 @@ from privacy.ledger import Request as LedgerRequest
 from privacy.mechanisms import GaussianCount, GaussianHistogram
 from privacy.projection import affordable_rounds, epsilon_after
 from privacy.randomness import Randomness, SeededRandomness, SystemRandomness
-from privacy.training import LocalTraining, Trainer
+from privacy.training import LocalTraining, Trainer, never
 from protocol.exchange import ASKS, Request
 from protocol.plan import RoundPlan
 from protocol.replies import (
@@ -37,6 +37,7 @@ from protocol.replies import (
     SiteRefusal,
     SiteUpdate,
     Weights,
+    weights_fault,
 )
 from protocol.stored import reply_from_bytes, reply_to_bytes
 from protocol.wire import from_text, to_text
@@ -44,11 +45,8 @@ from protocol.wire import from_text, to_text
 R = TypeVar("R", bound=Reply)
 
 
-def _never() -> bool:
-    return False
-
-
 _KINDS = ("describe", "train", "evaluate")
+"""The place of each is in the seed of its noise."""
 
 
 class Site:
@@ -83,20 +81,18 @@ class Site:
         self._ledger = ledger
         self._seed = seed
         self._described: tuple[RoundPlan, SiteDescription] | None = None
-        self._stopped: Callable[[], bool] = _never
 
     def close(self) -> None:
         """Let another process have the ledger."""
         self._ledger.close()
 
-    def answer(self, request: Request, stopped: Callable[[], bool] = _never) -> dict[str, Reply]:
+    def answer(self, request: Request, stopped: Callable[[], bool] = never) -> dict[str, Reply]:
         """What is asked, one after the other; a refusal in the place of what the site does not do.
 
         Raises:
             TrainingStopped: `stopped` said so. What was reserved stays reserved; the same request
                 is answered later at no further cost.
         """
-        self._stopped = stopped
         replies: dict[str, Reply] = {}
         for ask in ASKS:
             plan = request.plans.get(ask)
@@ -108,7 +104,7 @@ class Site:
                 elif ask == "evaluate":
                     replies[ask] = self.evaluate(plan, request.weights)
                 else:
-                    replies[ask] = self.train(plan, request.weights)
+                    replies[ask] = self.train(plan, request.weights, stopped)
             except PlanRefused as refusal:
                 replies[ask] = SiteRefusal(self.name, plan.round, str(refusal))
         return replies
@@ -136,8 +132,10 @@ class Site:
         self._described = (plan, description)
         return description
 
-    def train(self, plan: RoundPlan, weights: Weights) -> SiteUpdate:
-        """Train `weights` for one round."""
+    def train(
+        self, plan: RoundPlan, weights: Weights, stopped: Callable[[], bool] = never
+    ) -> SiteUpdate:
+        """Train `weights` for one round. Raises `TrainingStopped` once `stopped` says so."""
         if not 1 <= plan.round <= plan.rounds:
             raise PlanRefused(f"round={plan.round}: must be 1 to rounds={plan.rounds}")
         visitors = self.describe(plan).visitors
@@ -148,7 +146,7 @@ class Site:
 
         def update(randomness: Randomness) -> SiteUpdate:
             examples = self._journeys(plan.journeys).train
-            trained = trainer.train(weights, examples, training, randomness, self._stopped)
+            trained = trainer.train(weights, examples, training, randomness, stopped)
             return SiteUpdate(self.name, plan.round, trained, self._epsilon(plan))
 
         return self._release("train", plan, weights, release, update)
@@ -179,15 +177,8 @@ class Site:
         model = to_text(plan.model)
         expected = _shapes(model, spec)
         self._policy.check_parameters(sum(math.prod(shape) for shape in expected.values()))
-        for name in sorted(expected.keys() | weights.keys()):
-            if name not in weights or name not in expected:
-                raise PlanRefused(f"weights.{name}: missing or unknown")
-            if weights[name].shape != expected[name]:
-                raise PlanRefused(
-                    f"weights.{name}: shape {weights[name].shape} instead of {expected[name]}"
-                )
-            if not np.isfinite(weights[name]).all():
-                raise PlanRefused(f"weights.{name}: a value is not finite")
+        if fault := weights_fault(weights, expected):
+            raise PlanRefused(fault)
         return _trainer(model, spec)
 
     def _check_whole_run(self, plan: RoundPlan, visitors: float) -> None:

@@ -91,6 +91,11 @@ class TrainingStopped(Exception):  # noqa: N818  (asked for, not a fault)
     """Training ended before its last step, because it was asked to. Nothing came of it."""
 
 
+def never() -> bool:
+    """For training that nobody stops."""
+    return False
+
+
 class Trainer:
     """Trains one model architecture, for any number of sites and rounds, on this thread.
 
@@ -118,7 +123,7 @@ class Trainer:
         examples: Examples,
         training: LocalTraining,
         randomness: Randomness,
-        stopped: Callable[[], bool] = lambda: False,
+        stopped: Callable[[], bool] = never,
     ) -> Weights:
         """The weights after `training` on `examples` from `weights`.
 

@@ -21,11 +21,8 @@ def to_records(parts: Parts) -> RecordDict:
 
 def from_records(records: RecordDict) -> Parts:
     """What `to_records` was given; nothing of it is read yet. Raises `WireError`."""
-    text = records.config_records.get("text")
-    if not text:
-        raise WireError("a message without text")
     texts: dict[str, str] = {}
-    for ask, one in text.items():
+    for ask, one in records.config_records.get("text", {}).items():
         if not isinstance(one, str):
             raise WireError(f"{ask}: no text")
         texts[ask] = one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,18 @@ from evaluation.histogram import ScoreHistogram
 
 Weights = dict[str, npt.NDArray[np.float32]]
 """A model's parameters by name."""
+
+
+def weights_fault(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Why `weights` are no model with parameters of `shapes`, all finite; empty if they are."""
+    if missing := shapes.keys() ^ weights.keys():
+        return f"weights.{min(missing)}: missing or unknown"
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            return f"weights.{name}: shape {weights[name].shape} instead of {shape}"
+        if not np.isfinite(weights[name]).all():
+            return f"weights.{name}: a value is not finite"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -87,14 +87,15 @@ def _built(kind: type, read: object, name: str, given: dict[str, object]) -> obj
 def _value(hint: Any, read: object, name: str) -> object:
     if dataclasses.is_dataclass(hint):
         return _built(typing.cast(type, hint), read, name, {})
-    if (origin := typing.get_origin(hint)) in (list, dict) and type(read) is not origin:
-        raise WireError(f"{name}: not of type {hint}")
-    if isinstance(read, list) and origin is list:
+    origin = typing.get_origin(hint)
+    if origin is list and isinstance(read, list):
         (of,) = typing.get_args(hint)
         return [_value(of, one, f"{name}[{place}]") for place, one in enumerate(read)]
-    if isinstance(read, dict) and origin is dict:
+    if origin is dict and isinstance(read, dict):
         of = typing.get_args(hint)[1]
         return {_value(str, key, name): _value(of, one, f"{name}.*") for key, one in read.items()}
+    if origin in (list, dict):
+        raise WireError(f"{name}: not of type {hint}")
     allowed = typing.get_args(hint) or (hint,)
     if type(read) is int and float in allowed:
         read = _float(read)

@@ -98,7 +98,7 @@ class Federation:
         plan = next(iter(request.plans.values()))
         self._hear_who(plan)
         self._ask_who(plan, timeout)
-        nodes = dict(self._nodes)
+        nodes = self._nodes
         kind = MessageType.TRAIN if "train" in request.plans else MessageType.EVALUATE
         answers: dict[int, dict[str, Reply | SiteFailure]] = {}
         for message in _exchange(
@@ -125,19 +125,19 @@ class Federation:
         """Ask those who have not joined who they are, without waiting for the answer."""
         refused = {node for node, f in self._failures.items() if f.outcome == "refused"}
         strangers = sorted(self._present() - self._nodes.keys() - self._asked.keys() - refused)
-        request = Request({"describe": replace(plan, round=0)})
-        messages = self._messages(request, MessageType.QUERY, strangers, timeout)
+        if not strangers:
+            return
+        messages = self._messages(_who(plan), MessageType.QUERY, strangers, timeout)
         self._asked |= dict(zip(strangers, self._grid.push_messages(messages), strict=True))
 
     def _hear_who(self, plan: RoundPlan) -> bool:
         """Take in who has joined since; whether anybody answered."""
-        request = Request({"describe": replace(plan, round=0)})
         heard = list(self._grid.pull_messages(self._asked.values())) if self._asked else []
         for message in heard:
             node = message.metadata.src_node_id
             if self._asked.pop(node, None) is None:
                 continue
-            answer = self._read(message, request)["describe"]
+            answer = self._read(message, _who(plan))["describe"]
             self._failures.pop(node, None)
             if isinstance(answer, SiteDescription):
                 self._welcome(node, answer)
@@ -196,6 +196,10 @@ class Federation:
         if isinstance(reply, SiteEvaluation) and (fault := _fault(reply, plan)):
             return SiteFailure(name, "dropped", fault)
         return reply
+
+
+def _who(plan: RoundPlan) -> Request:
+    return Request({"describe": replace(plan, round=0)})
 
 
 _ANSWERS: dict[str, type[Reply]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocol.replies import SiteFailure, SiteUpdate, Weights
+from protocol.replies import SiteFailure, SiteUpdate, Weights, weights_fault
 
 
 def screen_updates(
@@ -43,13 +43,8 @@ def cap_weights(visitors: dict[str, float], cap: float) -> dict[str, float]:
 
 
 def _fault(update: Weights, weights: Weights, max_update_norm: float) -> str:
-    if missing := weights.keys() ^ update.keys():
-        return f"weights.{min(missing)}: missing or unknown"
-    for name, value in weights.items():
-        if update[name].shape != value.shape:
-            return f"weights.{name}: shape {update[name].shape} instead of {value.shape}"
-        if not np.isfinite(update[name]).all():
-            return f"weights.{name}: a value is not finite"
+    if fault := weights_fault(update, {name: value.shape for name, value in weights.items()}):
+        return fault
     squares = [
         float(np.square(update[name].astype(np.float64) - value).sum())
         for name, value in weights.items()

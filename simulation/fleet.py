@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from journeys.examples import Examples
-from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
 
 PARTITION = "partition-id"
@@ -22,7 +21,6 @@ class Fleet:
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     """Examples to train on at each site."""
-    spec: FeatureSpec
     seed: int
     journeys: Path
     """Folder of encoded journeys, memory-mapped."""
@@ -30,9 +28,7 @@ class Fleet:
     """Folder of the sites' ledgers, one file each."""
 
     @classmethod
-    def store(
-        cls, sites: list[SiteJourneys], spec: FeatureSpec, seed: int, journeys: Path, ledgers: Path
-    ) -> Fleet:
+    def store(cls, sites: list[SiteJourneys], seed: int, journeys: Path, ledgers: Path) -> Fleet:
         """Write the sites' examples into the folder `journeys`."""
         for index, site in enumerate(sites):
             site.train.save(journeys / str(index) / "train")
@@ -42,7 +38,7 @@ class Fleet:
                 np.save(file, site.holdout_probability, allow_pickle=False)
         names = tuple(site.name for site in sites)
         sizes = tuple(len(site.train) for site in sites)
-        return cls(names, sizes, spec, seed, journeys, ledgers)
+        return cls(names, sizes, seed, journeys, ledgers)
 
     def open_journeys(self, index: int) -> SiteJourneys:
         """The journeys of one site, memory-mapped."""

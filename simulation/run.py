@@ -57,13 +57,7 @@ def federate(
     # Flower's strategies log each round on INFO; the round reports say it better.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="journeys-") as journeys:
-        fleet = Fleet.store(
-            sites,
-            feature_spec(config.data.features),
-            config.seed,
-            Path(journeys),
-            folder / "ledgers",
-        )
+        fleet = Fleet.store(sites, config.seed, Path(journeys), folder / "ledgers")
         return _with_grid(
             config.runtime,
             fleet,

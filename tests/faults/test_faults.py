@@ -91,10 +91,10 @@ def test_a_refusal_is_named_and_the_others_go_on(
 ) -> None:
     train = Site.train
 
-    def refusing(self: Site, plan: RoundPlan, weights: Weights) -> SiteUpdate:
+    def refusing(self: Site, plan: RoundPlan, weights: Weights, *stopped: Any) -> SiteUpdate:
         if (self.name, plan.round) == ("site 2", 2):
             raise PlanRefused("privacy.epsilon=3: at most 1")
-        return train(self, plan, weights)
+        return train(self, plan, weights, *stopped)
 
     monkeypatch.setattr(Site, "train", refusing)
     lines = run(settings("rounds=3", "data.sites=3"), tmp_path, Faults())

@@ -326,9 +326,7 @@ def test_evaluations() -> None:
     mixed = after_joining("b", lambda m, _: [Message(Error(1, "broke"), reply_to=m)])
     federation = joined(good("a"), mixed)
 
-    answers = federation.ask(Request({"evaluate": replace(PLAN, round=3)}, WEIGHTS), 1.0)[
-        "evaluate"
-    ]
+    answers = federation.ask(EVALUATE, 1.0)["evaluate"]
 
     assert [a.site for a in answers] == ["a", "b"]
     assert isinstance(answers[0], SiteEvaluation)
@@ -363,9 +361,7 @@ def test_an_evaluation_that_is_not_sound_is_dropped_alone(kind: str) -> None:
     bad, reason = BAD_EVALUATIONS[kind]
     federation = joined(good("a"), after_joining("bad", lambda m, _: [reply(m, bad)]), good("z"))
 
-    answers = federation.ask(Request({"evaluate": replace(PLAN, round=3)}, WEIGHTS), 1.0)[
-        "evaluate"
-    ]
+    answers = federation.ask(EVALUATE, 1.0)["evaluate"]
 
     assert [type(a) for a in answers] == [SiteEvaluation, SiteFailure, SiteEvaluation]
     assert answers[1].site == "bad"

@@ -31,13 +31,11 @@ from simulation.local_grid import LocalGrid, _pin
 CONFIG: Config = load(["debug=tiny", "model=logistic", "privacy=unprotected"])
 SPEC: FeatureSpec = feature_spec(CONFIG.data.features)
 PLAN = first_plan(CONFIG, "run")
+SIZES = (5, 9, 7)
 
 
 def records_of(ask: str, weights: Weights | None = None) -> RecordDict:
     return to_records(request_parts(Request({ask: PLAN}, weights or {})))
-
-
-SIZES = (5, 9, 7)
 
 
 def examples(n: int) -> Examples:
@@ -53,7 +51,7 @@ def examples(n: int) -> Examples:
 @pytest.fixture
 def fleet(tmp_path: Path) -> Fleet:
     sites = [SiteJourneys(f"site {i}", examples(n), examples(2)) for i, n in enumerate(SIZES)]
-    return Fleet.store(sites, SPEC, 0, tmp_path / "journeys", tmp_path / "ledgers")
+    return Fleet.store(sites, 0, tmp_path / "journeys", tmp_path / "ledgers")
 
 
 def longest(sizes: list[int], pinned: Iterable[int]) -> int:

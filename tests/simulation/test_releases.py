@@ -11,7 +11,6 @@ import torch
 from flwr.app import Message
 
 from conf.compose import load
-from journeys.features import feature_spec
 from journeys.sites import load_sites
 from privacy.ledger import Ledger, Release
 from protocol.exchange import read_replies, read_request
@@ -99,8 +98,7 @@ def released(folder: Path, index: int) -> dict[tuple[str, int, str], set[str]]:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Exchange]]:
     folder = tmp_path_factory.mktemp("releases")
     sites = load_sites(CONFIG.data, CONFIG.seed)
-    spec = feature_spec(CONFIG.data.features)
-    fleet = Fleet.store(sites, spec, CONFIG.seed, folder / "journeys", folder / "ledgers")
+    fleet = Fleet.store(sites, CONFIG.seed, folder / "journeys", folder / "ledgers")
     with Recording(fleet, workers=0) as grid:
         run_rounds(Federation(grid), CONFIG, len(fleet.names), folder, lambda _: None)
         heard = grid.heard
