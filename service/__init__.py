@@ -1,0 +1,1 @@
+"""What a long-running process needs at either side: child processes, logs, health."""
