@@ -24,38 +24,97 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A file or a pipe, which says no width, is wide enough for every table.
     console = Console(width=None if sys.stdout.isatty() else 140)
     command: Callable[[argparse.Namespace, Console], None] = options.run
-    from client.check import SITE_ERRORS
-    from client.erasure import ErasureError
-    from privacy.ledger import LedgerDamagedError
-
     try:
         command(options, console)
-    except LedgerDamagedError as error:
-        _fail(str(error), 1)
-    except (*SITE_ERRORS, ErasureError, ValueError) as error:
-        _fail(str(error), 2)
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         _fail("interrupted; what was stored before stays stored", 130)
+    except _errors() as error:
+        from privacy.ledger import LedgerDamagedError
+
+        _fail(str(error), 1 if isinstance(error, LedgerDamagedError) else 2)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What can be wrong with a site. Imported when something is: `carry` does without."""
+    from client.check import SITE_ERRORS
+    from client.erasure import ErasureError
+
+    return (*SITE_ERRORS, ErasureError, ValueError)
 
 
 def _init(options: argparse.Namespace, console: Console) -> None:
     from client.folder import create
 
     try:
-        create(options.site, _now())
+        folder = create(options.site, _now())
     except FileExistsError:
         _fail(f"{options.site}: is a site already", 2)
+    public_key = f"{folder.node.name}.pub"
     console.print(
         f"{options.site}: a new site\n"
         f"  site.yaml     where visits come from and how they are prepared: edit it\n"
         f"  policy.yaml   what may leave the site: edit it\n"
         f"  keys/         of the pseudonyms; keep a copy in a safe place, show them to nobody\n"
         f"  ledger.sqlite what was released: nothing yet\n"
+        f"  node/         the key by which the hub will know this site\n"
+        f"give {options.site / public_key} to the coordinator\n"
         f"next: python -m client check {options.site}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+
+
+def _join(options: argparse.Namespace, console: Console) -> None:
+    from client.folder import SiteFolder
+    from client.join import join
+
+    join(SiteFolder(options.site), options.superlink, options.root_certificates, options.json_logs)
+
+
+def _agent(options: argparse.Namespace, console: Console) -> None:
+    from service.health import HealthError
+    from service.logs import configure
+    from service.processes import until_stopped
+
+    configure(options.json_logs)
+    with until_stopped() as stopped:
+        from client.folder import SiteFolder
+
+        folder = SiteFolder(options.site)
+        # What is wrong with it is said before all that takes seconds.
+        folder.config()
+        from client.agent import run
+
+        try:
+            run(folder, stopped.is_set)
+        except HealthError as error:
+            _fail(f"agent.port: {error}", 2)
+
+
+def _carry(options: argparse.Namespace, console: Console) -> None:
+    from client.node import NodeFolder
+    from client.supernode import carry
+
+    carry(
+        NodeFolder(options.node),
+        options.superlink,
+        options.root_certificates,
+        options.socket,
+        options.json_logs,
+    )
+
+
+def _status(options: argparse.Namespace, console: Console) -> None:
+    from client.folder import SiteFolder
+    from client.status import show_status, status
+
+    found = status(SiteFolder(options.site))
+    show_status(console, found)
+    if found.agent is None:
+        sys.exit(1)
 
 
 def _check(options: argparse.Namespace, console: Console) -> None:
@@ -89,12 +148,17 @@ def _forget(options: argparse.Namespace, console: Console) -> None:
 
 def _score(options: argparse.Namespace, console: Console) -> None:
     from client.folder import SiteFolder
+    from client.published import check_signature
     from client.scoring import score, write_scores
     from models.saved import SavedModelError
 
     at = _now() if options.at is None else options.at
+    folder = SiteFolder(options.site)
+    if not check_signature(options.model, folder):
+        said = f"{options.model}: is not from a hub and not signed; used as it is"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     try:
-        scores = score(SiteFolder(options.site).visits, options.model, at)
+        scores = score(folder.visits, options.model, at)
     except SavedModelError as error:
         raise ValueError(str(error)) from error
     write_scores(scores, options.out)
@@ -144,13 +208,40 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m client", description="Run and inspect a site.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, run: Any, meaning: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Any, meaning: str, folder: tuple[str, str] = ("site", "the site's folder")
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=meaning, description=meaning)
-        command.add_argument("site", type=Path, help="the site's folder")
+        command.add_argument(folder[0], type=Path, help=folder[1])
         command.set_defaults(run=run)
         return command
 
+    def add_hub(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--superlink", required=True, metavar="HOST:PORT", help="where the hub hears sites"
+        )
+        command.add_argument(
+            "--root-certificates",
+            type=Path,
+            required=True,
+            metavar="FILE",
+            help="the hub's hub-ca.crt, which vouches for it",
+        )
+        command.add_argument("--json-logs", action="store_true", help="log JSON, an object a line")
+
     add("init", _init, "begin a site: commented settings, policy, keys, an empty ledger")
+    add_hub(add("join", _join, "take part: run agent and SuperNode, start again what dies"))
+    agent = add("agent", _agent, "be the agent alone, for a user of its own (`join` runs both)")
+    agent.add_argument("--json-logs", action="store_true", help="log JSON, an object a line")
+    carry = add(
+        "carry",
+        _carry,
+        "be the SuperNode alone, for a user of its own (`join` runs it otherwise)",
+        ("node", "the SuperNode's folder: SITE/node, or where that was moved"),
+    )
+    add_hub(carry)
+    carry.add_argument("--socket", type=Path, required=True, help="where the agent listens")
+    add("status", _status, "is the site taking part? Ends with 1 if its agent does not run")
     check = add(
         "check",
         _check,

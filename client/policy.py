@@ -6,16 +6,19 @@ import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from conf.schema import GROUPS, Unprotected, VisitorDP
-from privacy.accountant import PrivacyEvent
-from privacy.training import LocalTraining
 from protocol.plan import RoundPlan
+
+if TYPE_CHECKING:
+    # Both load torch, for which who only watches a site has no use.
+    from privacy.accountant import PrivacyEvent
+    from privacy.training import LocalTraining
 
 RELEASES = ("count", "weights", "histogram")
 """All that a site can release: its noised visitor count, model updates, evaluations."""

@@ -45,8 +45,15 @@ from protocol.wire import from_text, to_text
 R = TypeVar("R", bound=Reply)
 
 
+MOST_RELEASES = 100_000_000
+"""Most rounds, evaluations, and training steps in all rounds: more take too long to account for."""
+
 _KINDS = ("describe", "train", "evaluate")
 """The place of each is in the seed of its noise."""
+
+
+def any_cut(_: JourneyConfig) -> None:
+    """For a site that makes whatever cut is asked for."""
 
 
 class Site:
@@ -68,8 +75,11 @@ class Site:
         policy: SitePolicy,
         ledger: Ledger,
         seed: tuple[int, int] | None = None,
+        check_cut: Callable[[JourneyConfig], None] = any_cut,
     ) -> None:
         """`journeys` cuts the site's examples as a plan asks; called only for what is paid for.
+
+        `check_cut` raises `PlanRefused` for a cut that the site does not make; called before.
 
         `seed`, of the run and of the site, makes all repeatable, privacy noise included. It is for
         simulations only: who knows it can take the noise off. Without it all randomness comes from
@@ -80,6 +90,7 @@ class Site:
         self._policy = policy
         self._ledger = ledger
         self._seed = seed
+        self._check_cut = check_cut
         self._described: tuple[RoundPlan, SiteDescription] | None = None
 
     def close(self) -> None:
@@ -119,6 +130,7 @@ class Site:
         if self._described is not None and self._described[0] == plan:
             return self._described[1]
         self._policy.check_plan(plan)
+        _check_length(plan)
         mechanism = GaussianCount(_count_noise(plan))
         release = Release("count", "train", mechanism.event)
 
@@ -212,7 +224,8 @@ class Site:
         """The gate: all that leaves the site leaves here, charged, on record, and once."""
         self._policy.check_plan(plan)
         self._policy.check_release(release.name, release.event)
-        request = LedgerRequest(_run(plan), plan.round, kind, _digest(plan, weights), (release,))
+        self._check_cut(plan.journeys)
+        request = _request(kind, plan, weights, release)
         if isinstance(plan.privacy, VisitorDP) and request not in self._ledger:
             delta = plan.privacy.delta
             of_run = self._ledger.epsilon(delta, run=request.run, also=request.releases)
@@ -255,10 +268,16 @@ def local_training(plan: RoundPlan, visitors: float) -> LocalTraining:
     """Sample rate, steps and noise of a round, from the plan and the noised visitor count alone.
 
     Raises:
-        PlanRefused: No noise keeps the plan's promise.
+        PlanRefused: No noise keeps the plan's promise, or there are too many steps to tell.
     """
     batches = max(1, round(visitors / plan.optimizer.batch_size))
-    steps = max(1, round(plan.optimizer.local_epochs * batches))
+    planned = max(1.0, plan.optimizer.local_epochs * batches)
+    if not planned * plan.rounds <= MOST_RELEASES:
+        raise PlanRefused(
+            f"optimizer.local_epochs={plan.optimizer.local_epochs:g}: {planned:.6g} steps in each "
+            f"of rounds={plan.rounds}; a run has at most {MOST_RELEASES:,}"
+        )
+    steps = round(planned)
     noise, clipping_norm, engine = 0.0, math.inf, "bookkeeping"
     if isinstance(plan.privacy, VisitorDP):
         clipping_norm, engine = plan.privacy.clipping_norm, plan.privacy.clipping_engine
@@ -276,6 +295,21 @@ def local_training(plan: RoundPlan, visitors: float) -> LocalTraining:
     )
 
 
+def _check_length(plan: RoundPlan) -> None:
+    if not (1 <= plan.rounds <= MOST_RELEASES and plan.evaluations <= MOST_RELEASES):
+        raise PlanRefused(f"rounds and evaluations: a run has 1 to {MOST_RELEASES:,} of them")
+
+
+def _request(
+    kind: str, plan: RoundPlan, weights: Weights | None, release: Release
+) -> LedgerRequest:
+    try:
+        return LedgerRequest(_run(plan), plan.round, kind, _digest(plan, weights), (release,))
+    except ValueError as error:
+        # A run's name that cannot be shown, a round below 0.
+        raise PlanRefused(str(error)) from error
+
+
 def _run(plan: RoundPlan) -> str:
     return f"{plan.federation}/{plan.run}"
 
@@ -284,7 +318,11 @@ def _count_noise(plan: RoundPlan) -> float:
     if not isinstance(plan.privacy, VisitorDP):
         return 0.0
     promise, noise = plan.privacy, plan.privacy.count_noise
-    if epsilon([GaussianCount(noise).event], promise.delta) >= promise.epsilon:
+    try:
+        event = GaussianCount(noise).event
+    except ValueError as error:
+        raise PlanRefused(str(error)) from error
+    if epsilon([event], promise.delta) >= promise.epsilon:
         raise PlanRefused(
             f"privacy.count_noise={noise:g}: the visitor count alone spends more than "
             f"privacy.epsilon={promise.epsilon:g}; raise one of the two"

@@ -7,8 +7,9 @@ import dataclasses
 import inspect
 import typing
 
-from conf import schema, site
+from conf import hub, schema, site
 from conf.compose import FOLDER
+from conf.hub import HubConfig
 from conf.schema import GROUPS, MISSING, Config
 from conf.site import SOURCES, SiteConfig, SourceConfig, TableSource
 
@@ -35,7 +36,7 @@ def settings_page() -> str:
             if own and node is not common:
                 parts.append(f"### {_choice(group, name)}\n\n{inspect.getdoc(node)}\n")
                 parts.append(_table(own))
-    return "\n".join([*parts, *_site()])
+    return "\n".join([*parts, *_site(), HUB_INTRODUCTION, _table(_rows(HubConfig, ""))])
 
 
 def _site() -> list[str]:
@@ -59,6 +60,12 @@ SITE_INTRODUCTION = """## A site's own file, `site.yaml`
 
 Each site has its own; no coordinator reads or sets any of it. `python -m client init` writes one
 with comments. Of `source`, what all sources have comes first, then what each has of its own.
+"""
+
+
+HUB_INTRODUCTION = """## A hub's own file, `hub.yaml`
+
+`python -m server init` writes one; `python -m server start` reads it.
 """
 
 
@@ -113,7 +120,7 @@ def _rows(
 
 def _type(hint: object) -> str:
     text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    for module in (schema, site):
+    for module in (hub, schema, site):
         text = text.replace(f"{module.__name__}.", "")
     return text.replace("|", "or").replace(" None", " null")
 

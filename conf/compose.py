@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from conf.hub import HubConfig
 from conf.schema import GROUPS, Config, SettingError
 from conf.site import SOURCES, SiteConfig
 
@@ -69,6 +70,11 @@ def from_yaml(path: Path) -> Config:
 def site_from_yaml(path: Path) -> SiteConfig:
     """A site's own settings, `site.yaml`. Raises `SettingError`, naming file and key."""
     return typing.cast(SiteConfig, _from_yaml(path, SiteConfig, {"source": SOURCES}))
+
+
+def hub_from_yaml(path: Path) -> HubConfig:
+    """A hub's own settings, `hub.yaml`. Raises `SettingError`, naming file and key."""
+    return typing.cast(HubConfig, _from_yaml(path, HubConfig, {}))
 
 
 def _from_yaml(path: Path, node: type, groups: Mapping[str, Mapping[str, type]]) -> object:

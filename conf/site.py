@@ -1,4 +1,4 @@
-"""Every setting of a site's own file, `site.yaml`: its source and how visits are prepared.
+"""Every setting of a site's own file, `site.yaml`: its source, how visits are prepared, its agent.
 
 It belongs to the site: no coordinator reads or sets any of it, and it is not part of a run's
 configuration. `conf.compose.site_from_yaml` reads it. Like `conf/schema.py`, plain dataclasses.
@@ -402,6 +402,37 @@ class PreparationConfig:
 
 
 @dataclass
+class AgentConfig:
+    """The site agent, which answers a coordinator's requests."""
+
+    holdout: float = 0.2
+    """Share of the visitors who are kept from training, for evaluation, by a hash of the visitor.
+    Leave it as it is once anything was released: with another share, visitors who trained are
+    evaluated and the other way round, which the budget counts as two halves that never meet."""
+    users: list[str] = field(default_factory=list)
+    """Unix users that may ask besides the agent's own: the SuperNode's, where it has one of its
+    own. Needs `group`."""
+    group: str = ""
+    """Unix group that may reach the socket, of which both users are members. Empty: the agent's
+    own user alone."""
+    socket: str = ""
+    """The socket that the agent listens on, relative to the site's folder; at most 107 bytes long
+    with it. Empty: `agent.sock` there. A user of `users` has to be able to enter its folder."""
+    port: int = 0
+    """Port on this machine of the agent's `/health` and `/metrics`. 0: none."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.holdout < 1, "agent.holdout", self.holdout, "must be between 0 and 1")
+        check(0 <= self.port < 65_536, "agent.port", self.port, "must be a port, or 0")
+        check(
+            bool(self.users) == bool(self.group),
+            "agent.group",
+            self.group,
+            "is needed with agent.users, and only there: the users' way to the socket",
+        )
+
+
+@dataclass
 class SiteConfig:
     """A site's `site.yaml`, whole."""
 
@@ -418,6 +449,8 @@ class SiteConfig:
     """The site's own channel rules; they come before the product's (`docs/channels.md`)."""
     preparation: PreparationConfig = field(default_factory=PreparationConfig)
     """What happens to visits before anything is stored."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """The site agent, which answers a coordinator's requests."""
 
     def __post_init__(self) -> None:
         check(

@@ -6,7 +6,7 @@ training, so that a round costs one message each way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,8 @@ from protocol.stored import weights_to_bytes
 from protocol.wire import WireError, from_text, to_text
 
 ASKS = ("describe", "evaluate", "train")
-"""What can be asked, in the order in which a site answers."""
+"""What can be asked, in the order in which a site answers. A finished model travels apart from
+these (`protocol.publication`)."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def request_parts(request: Request) -> Parts:
 
 def read_request(parts: Parts) -> Request:
     """The request that `request_parts` wrote. Raises `WireError`."""
-    _check_asks(parts)
+    _check_asks(parts, ASKS)
     plans = {ask: from_text(RoundPlan, text) for ask, text in parts.texts.items()}
-    return Request(plans, _read_weights(parts.weights))
+    return Request(plans, read_weights(parts.weights))
 
 
 def reply_parts(replies: Mapping[str, Reply]) -> Parts:
@@ -64,30 +65,31 @@ def reply_parts(replies: Mapping[str, Reply]) -> Parts:
     return Parts(texts, weights)
 
 
-def read_replies(parts: Parts) -> dict[str, Reply]:
-    """The answers that `reply_parts` wrote. Raises `WireError`."""
-    _check_asks(parts)
+def read_replies(parts: Parts, known: Sequence[str] = ASKS) -> dict[str, Reply]:
+    """The answers that `reply_parts` wrote, to what is in `known`. Raises `WireError`."""
+    _check_asks(parts, known)
     replies: dict[str, Reply] = {}
     for ask, told in parts.texts.items():
         kind, _, text = told.partition(" ")
         if kind not in REPLIES:
             raise WireError(f"{ask}: no such reply")
         if kind == "SiteUpdate":
-            replies[ask] = from_text(SiteUpdate, text, weights=_read_weights(parts.weights))
+            replies[ask] = from_text(SiteUpdate, text, weights=read_weights(parts.weights))
         else:
             replies[ask] = from_text(REPLIES[kind], text)
     return replies
 
 
-def _check_asks(parts: Parts) -> None:
+def _check_asks(parts: Parts, known: Sequence[str]) -> None:
     if not parts.texts:
         raise WireError("a message without text")
     for ask in parts.texts:
-        if ask not in ASKS:
-            raise WireError(f"a message that asks for something else than {', '.join(ASKS)}")
+        if ask not in known:
+            raise WireError(f"a message that asks for something else than {', '.join(known)}")
 
 
-def _read_weights(data: bytes | None) -> Weights:
+def read_weights(data: bytes | None) -> Weights:
+    """The arrays of a model that came; none where there is none. Raises `WireError`."""
     if data is None:
         return {}
     try:

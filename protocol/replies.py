@@ -77,11 +77,20 @@ class SiteRefusal:
     """Names the field, what was asked and what is allowed. Nothing in it comes from a journey."""
 
 
-Reply = SiteDescription | SiteEvaluation | SiteUpdate | SiteRefusal
+@dataclass(frozen=True)
+class SiteReceipt:
+    """The site has a published model now, or had it before."""
+
+    site: str
+    run: str
+
+
+Reply = SiteDescription | SiteEvaluation | SiteUpdate | SiteRefusal | SiteReceipt
 
 
 REPLIES: dict[str, type[Reply]] = {
-    kind.__name__: kind for kind in (SiteDescription, SiteEvaluation, SiteUpdate, SiteRefusal)
+    kind.__name__: kind
+    for kind in (SiteDescription, SiteEvaluation, SiteUpdate, SiteRefusal, SiteReceipt)
 }
 """By the name under which they travel and are kept."""
 

@@ -82,7 +82,6 @@ def set_up(folder: Path, site: str, port: int) -> None:
     password.chmod(0o600)
     settings = (folder / "site.yaml").read_text()
     for before, after in (
-        ("name: my-site", f"name: {site}"),
         ("port: 3306", f"port: {port}"),
         ("site_id: 1\n  goals", f"site_id: {SITES[site]}\n  goals"),
         ('consent_column: ""', "consent_column: custom_dimension_1"),

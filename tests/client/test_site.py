@@ -386,6 +386,56 @@ def test_a_count_that_costs_more_than_the_promise_is_refused_uncharged(
     assert entries(tmp_path) == []
 
 
+LONGER: dict[str, tuple[dict[str, Any], str]] = {
+    "rounds": ({"rounds": 10**18}, "^rounds and evaluations: a run has 1 to 100,000,000"),
+    "no rounds": ({"rounds": 0}, "^rounds and evaluations: a run has 1 to 100,000,000"),
+    "evaluations": ({"evaluations": 10**18}, "^rounds and evaluations: a run has 1 to"),
+    "count": ({"privacy": replace(PROMISE, count_noise=1e300)}, "^privacy.count_noise=1e.300"),
+    "run": ({"run": "x" * 200}, "^run: must be 1 to 200 printable characters"),
+    "terminal": ({"run": "\x1b[31m"}, "^run: must be 1 to 200 printable characters"),
+}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_a_plan_beyond_what_can_be_accounted_for_is_refused_unread(
+    tmp_path: Path, kind: str
+) -> None:
+    change, message = LONGER[kind]
+    with closing(untouched(tmp_path)) as site, pytest.raises(PlanRefused, match=message):
+        site.describe(replace(PLAN, **change))
+
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("epochs", [1e300, 1e7])
+def test_more_steps_than_can_be_accounted_for_are_refused(
+    tmp_path: Path, weights: Weights, epochs: float
+) -> None:
+    plan = replace(PLAN, optimizer=OptimizerConfig(batch_size=1, local_epochs=epochs))
+    with (
+        closing(a_site(tmp_path, policy=POLICY, seed=None)) as site,
+        pytest.raises(PlanRefused, match=r"^optimizer\.local_epochs=1e.*at most 100,000,000"),
+    ):
+        site.train(plan, weights)
+
+    assert asked(tmp_path) == [("describe", 0)]
+
+
+def test_a_cut_that_is_refused_is_not_charged(tmp_path: Path, weights: Weights) -> None:
+    def refuse(_: object) -> None:
+        raise PlanRefused("data.features: no")
+
+    ledger = Ledger(tmp_path / "ledger.sqlite", durable=False)
+    journeys = cast(SiteJourneys, Untouchable())
+    policy = SitePolicy.of_simulation()
+    with closing(Site("shop", lambda _: journeys, policy, ledger, check_cut=refuse)) as site:
+        answers = site.answer(Request(dict.fromkeys(("train", "evaluate"), PLAN), weights))
+
+    for answer in answers.values():
+        assert answer == SiteRefusal("shop", 1, "data.features: no")
+    assert entries(tmp_path) == []
+
+
 WEAKER: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "federation": ({"federation": "others"}, {}, "federation=others"),
     "purpose": ({"purpose": "credit"}, {}, "purpose=credit"),
