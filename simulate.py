@@ -44,7 +44,7 @@ def run_composed(composed: DictConfig) -> None:
 
 def run(config: Config, folder: Path) -> None:
     """Do the config's job in `folder`."""
-    from simulation.console import open_console
+    from server.console import open_console
 
     job = {"train": _train, "worth_joining": _worth_joining, "audit": _audit}[config.job]
     try:
@@ -66,7 +66,7 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
 
 
 def _train(config: Config, folder: Path, console: Console) -> None:
-    from simulation.console import RunProgress, show_outcome
+    from server.console import RunProgress, show_outcome
 
     with RunProgress(console, config.rounds) as progress:
         # Under the bar: it loads torch.

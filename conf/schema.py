@@ -574,16 +574,22 @@ class StrategyConfig:
 
 @dataclass
 class RuntimeConfig:
-    """What carries the messages of a simulation."""
+    """What carries the messages."""
 
     name: str = "local"
-    """`local`: worker processes of this machine. `ray`: Flower's simulation runtime on Ray."""
+    """`local`: worker processes of this machine. `ray`: Flower's simulation runtime on Ray.
+    `deployment`: a hub, to sites with visitors of their own (`python -m server run`)."""
     workers: int = 2
-    """Worker processes; each keeps its sites' journeys. 0 runs the sites in this process, for a
-    debugger. The result does not depend on it."""
+    """Worker processes of a simulation; each keeps its sites' journeys. 0 runs the sites in this
+    process, for a debugger. The result does not depend on it."""
 
     def __post_init__(self) -> None:
-        check(self.name in ("local", "ray"), "runtime.name", self.name, "must be local or ray")
+        check(
+            self.name in ("local", "ray", "deployment"),
+            "runtime.name",
+            self.name,
+            "must be local, ray or deployment",
+        )
         check(self.workers >= 0, "runtime.workers", self.workers, "must be 0 or more")
 
 
@@ -618,7 +624,7 @@ class Config:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     """How updates are combined."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    """What carries the messages of a simulation."""
+    """What carries the messages."""
 
     def __post_init__(self) -> None:
         check(

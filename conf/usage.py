@@ -33,5 +33,5 @@ def _first_comment(path: Path) -> str:
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# ") and not line.startswith("# @package"):
             text = line.removeprefix("# ")
-            return text.partition(": python simulate.py")[0].rstrip(":")
+            return text.partition(": python ")[0].rstrip(":")
     return ""

@@ -53,6 +53,10 @@ class RunProgress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def tell(self, line: str) -> None:
+        """Say something above the bar, which a file or a pipe gets too."""
+        self._progress.console.print(line, highlight=False, markup=False)
+
     def watch(self, report: RoundReport | EvaluationReport) -> None:
         """Show the newest figures."""
         if isinstance(report, RoundReport):
@@ -95,13 +99,16 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
         areas = [_number(baseline[key]) for key in ("roc_auc", "pr_auc")]
         table.add_row(baseline["name"], "", *areas, style="dim")
     console.print(table)
-    if summary["delta"] is not None:
+    if summary["delta"] is None:
+        console.print("unprotected: nothing hides a visitor in this model")
+    elif summary["epsilon"] is None:
+        console.print("no site's update came: this is the model that the run began with")
+    else:
+        warning = "; seeded noise, for simulation only" if summary["seeded"] else ""
         console.print(
             f"epsilon {summary['epsilon']:.3f} at delta {summary['delta']:g} for each visitor, "
-            "over the whole run; seeded noise, for simulation only"
+            f"over the whole run{warning}"
         )
-    else:
-        console.print("unprotected: nothing hides a visitor in this model")
     console.print(f"report: {outcome.report}", soft_wrap=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,14 +13,16 @@ from flwr.serverapp import Grid
 from conf.schema import Unprotected
 from evaluation.histogram import EXACT, NOISED
 from journeys.site import natural_order
-from protocol.exchange import Request, read_replies, request_parts
+from protocol.exchange import Parts, Request, read_replies, request_parts
 from protocol.plan import RoundPlan
+from protocol.publication import PUBLISH, read_publication
 from protocol.records import from_records, to_records
 from protocol.replies import (
     Reply,
     SiteDescription,
     SiteEvaluation,
     SiteFailure,
+    SiteReceipt,
     SiteRefusal,
     SiteUpdate,
 )
@@ -67,19 +69,22 @@ class Federation:
         ]
 
     def join(self, plan: RoundPlan, expected: int, needed: int, timeout: float) -> None:
-        """Wait for `expected` sites and ask each who it is; go on with `needed` of them.
+        """Ask each site who it is as it comes, until `expected` have come; go on with `needed`.
 
         Raises:
             JoinError: Fewer than `needed` sites came within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        while len(self._present()) < expected and time.monotonic() < deadline:
-            time.sleep(_LONGEST_POLL_S)
-        self._ask_who(plan, timeout)
-        asked = time.monotonic()
-        while self._asked and time.monotonic() < max(deadline, asked + 1.0):
-            if not self._hear_who(plan):
-                time.sleep(_pause(time.monotonic() - asked))
+        heard = time.monotonic()
+        while self._asked or len(self._nodes) + len(self._failures) < expected:
+            # Who has failed in this join is asked again with the first round.
+            if self._ask_who(plan, timeout, but=self._failures.keys()) or self._hear_who(plan):
+                heard = time.monotonic()
+                continue
+            # Who was asked at the last moment has a second to answer.
+            if time.monotonic() > (max(deadline, heard + 1.0) if self._asked else deadline):
+                break
+            time.sleep(_pause(time.monotonic() - heard))
         for node in self._asked:
             name = self._name(node)
             self._failures[node] = SiteFailure(name, "missing", f"no reply in {timeout:.0f} s")
@@ -97,7 +102,8 @@ class Federation:
         """Each site's answer to each thing asked, or why there is none, in the order of names."""
         plan = next(iter(request.plans.values()))
         self._hear_who(plan)
-        self._ask_who(plan, timeout)
+        refused = {node for node, one in self._failures.items() if one.outcome == "refused"}
+        self._ask_who(plan, timeout, but=refused)
         nodes = self._nodes
         kind = MessageType.TRAIN if "train" in request.plans else MessageType.EVALUATE
         answers: dict[int, dict[str, Reply | SiteFailure]] = {}
@@ -113,6 +119,42 @@ class Federation:
             answers.setdefault(node, dict.fromkeys(request.plans, missing))
         return {ask: [answers[node][ask] for node in nodes] for ask in request.plans}
 
+    def publish(self, parts: Parts, timeout: float) -> list[SiteReceipt | SiteFailure]:
+        """Hand a publication to every site that is connected: who has it now, who not, and why.
+
+        Raises:
+            WireError: `parts` are no publication.
+        """
+        run = read_publication(parts)[0].statement.run
+        present = sorted(self._present())
+        records, kind = to_records(parts), MessageType.QUERY
+        messages = [Message(records, node, kind, group_id=run, ttl=timeout) for node in present]
+        answers: dict[int, SiteReceipt | SiteFailure] = {}
+        for message in _exchange(self._grid, messages, timeout):
+            node = message.metadata.src_node_id
+            if node in present and node not in answers:
+                answers[node] = self._receipt(message, run)
+        for node in self._admitted or present:
+            reason = f"no reply in {timeout:.0f} s" if node in present else "not connected"
+            answers.setdefault(node, SiteFailure(self._name(node), "missing", reason))
+        return sorted(answers.values(), key=lambda answer: natural_order(answer.site))
+
+    def _receipt(self, message: Message, run: str) -> SiteReceipt | SiteFailure:
+        name = self._name(message.metadata.src_node_id)
+        if message.has_error():
+            return SiteFailure(name, "missing", message.error.reason or "the site failed")
+        try:
+            reply = read_replies(from_records(message.content), (PUBLISH,))[PUBLISH]
+        except WireError as error:
+            return SiteFailure(name, "dropped", str(error))
+        if isinstance(reply, SiteRefusal):
+            return SiteFailure(name, "refused", reply.reason)
+        if not isinstance(reply, SiteReceipt) or reply.run != run:
+            return SiteFailure(name, "dropped", "answered with something else than a receipt")
+        if reply.site != name and self._admitted is not None:
+            return SiteFailure(name, "dropped", "answered under another site's name")
+        return reply
+
     def _present(self) -> set[int]:
         nodes = set(self._grid.get_node_ids())
         return nodes if self._admitted is None else nodes & self._admitted.keys()
@@ -121,14 +163,15 @@ class Federation:
         # A node that has not said its name yet goes by its number.
         return f"node {node}" if self._admitted is None else self._admitted[node]
 
-    def _ask_who(self, plan: RoundPlan, timeout: float) -> None:
-        """Ask those who have not joined who they are, without waiting for the answer."""
-        refused = {node for node, f in self._failures.items() if f.outcome == "refused"}
-        strangers = sorted(self._present() - self._nodes.keys() - self._asked.keys() - refused)
-        if not strangers:
-            return
-        messages = self._messages(_who(plan), MessageType.QUERY, strangers, timeout)
-        self._asked |= dict(zip(strangers, self._grid.push_messages(messages), strict=True))
+    def _ask_who(self, plan: RoundPlan, timeout: float, but: Collection[int]) -> bool:
+        """Ask those who have not joined who they are, without waiting; whether there was anyone."""
+        known = self._nodes.keys() | self._asked.keys() | set(but)
+        strangers = sorted(self._present() - known)
+        if strangers:
+            messages = self._messages(_who(plan), MessageType.QUERY, strangers, timeout)
+            ids = self._grid.push_messages(messages)
+            self._asked |= dict(zip(strangers, ids, strict=True))
+        return bool(strangers)
 
     def _hear_who(self, plan: RoundPlan) -> bool:
         """Take in who has joined since; whether anybody answered."""

@@ -13,7 +13,7 @@ from typing import Any
 from evaluation.band import Band, noise_band
 from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import Metrics, metrics
-from journeys.durable import write_durably
+from journeys.durable import naming, write_durably
 from journeys.site import natural_order
 from protocol.replies import SiteEvaluation, SiteFailure, SiteUpdate
 
@@ -109,7 +109,7 @@ class History:
     def add(self, report: RoundReport | EvaluationReport) -> None:
         """Append one record."""
         record = report.record()
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         self.records.append(record)
 

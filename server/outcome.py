@@ -15,6 +15,9 @@ from protocol.replies import Weights
 from server.history import EvaluationReport, History, band_record, metrics_record
 from server.statement import privacy_statement
 
+REPORT = "report.html"
+"""The page to look at; written last."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -26,7 +29,7 @@ class Outcome:
     @property
     def report(self) -> Path:
         """The page to look at."""
-        return self.folder / "report.html"
+        return self.folder / REPORT
 
 
 def write_outcome(
@@ -53,6 +56,7 @@ def write_outcome(
         "seconds": round(sum(record["seconds"] for record in rounds), 2),
         "epsilon": epsilon,
         "delta": config.privacy.delta if isinstance(config.privacy, VisitorDP) else None,
+        "seeded": config.runtime.name != "deployment",
         "privacy_statement": statement,
         "global": metrics_record(metrics(final.histogram)),
         "band": band_record(final.band),

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from evaluation.histogram import ScoreHistogram
 from evaluation.metrics import calibration_curve, roc_curve
+from journeys.durable import write_durably
 from server import plots
 from server.history import plus_minus
 from server.page import PAGE
@@ -135,7 +136,8 @@ def _write(path: Path, page: Page) -> Path:
     )
     environment.filters["cell"] = _cell
     text = environment.from_string(PAGE).render(page=page)
-    path.write_text(text, encoding="utf-8")
+    # Whole or not there at all: a run that has a report is finished.
+    write_durably(path, text.encode())
     return path
 
 

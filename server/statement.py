@@ -30,10 +30,12 @@ def privacy_statement(config: Config, epsilon: float | None) -> list[str]:
         "visitor of several sites is protected at each; the losses of the sites add up.",
         "The protection covers all that left a site: its updates of the model, the visitor count "
         "that weighs it, and the counts by which the model is evaluated, which come from visitors "
-        "that training never saw. Figures marked as exact are for the eyes of who runs the "
-        "simulation.",
-        f"This was a simulation: its noise comes from seed {config.seed} and could be taken off "
-        "by anyone who knows the seed.",
+        "that training never saw.",
+        "Each site drew its noise from its own operating system; nobody else knows it."
+        if config.runtime.name == "deployment"
+        else f"This was a simulation: its noise comes from seed {config.seed} and could be taken "
+        "off by anyone who knows the seed. Figures marked as exact are for the eyes of who runs "
+        "the simulation.",
     ]
 
 

@@ -69,6 +69,11 @@ def federate(
 def _with_grid(
     runtime: RuntimeConfig, fleet: Fleet, faults: Faults | None, coordinate: Callable[[Grid], T]
 ) -> T:
+    if runtime.name == "deployment":
+        raise SettingError(
+            "runtime=deployment: real sites are asked by python -m server run HUB; a simulation "
+            "has runtime=local or runtime=ray"
+        )
     if runtime.name == "ray":
         try:
             from simulation.ray_runtime import run_on_ray

@@ -20,8 +20,8 @@ class SweepComparison(Callback):
         """Gather the summaries below the sweep's folder."""
         from journeys.site import natural_order
         from server import plots
+        from server.console import open_console
         from simulation.comparison import show_comparison
-        from simulation.console import open_console
         from simulation.worth_joining import METRICS
 
         folder = Path(str(config.hydra.sweep.dir))

@@ -472,6 +472,36 @@ def test_sites_may_be_slow_to_appear() -> None:
     assert list(federation.descriptions) == ["a", "b"]
 
 
+def test_a_site_is_asked_as_soon_as_it_is_there() -> None:
+    grid = FakeGrid({1: good("a"), 2: good("b")})
+    federation = Federation(grid)
+    # The second one comes once the first one has been asked.
+    grid.get_node_ids = lambda: [1, 2] if grid.asked else [1]  # type: ignore[method-assign]
+
+    federation.join(PLAN, expected=2, needed=2, timeout=5.0)
+
+    assert [node for node, *_ in grid.asked] == [1, 2]
+
+
+def test_who_fails_to_join_is_asked_once_more_with_the_first_round() -> None:
+    answers = iter([lambda m: Message(Error(0, "no agent"), reply_to=m)])
+
+    def restarted(message: Message, plan: RoundPlan) -> list[Message]:
+        broken = next(answers, None)
+        return [broken(message)] if broken else good("b")(message, plan)
+
+    grid = ById(FakeGrid({1: good("a"), 2: restarted}))
+    federation = Federation(grid)
+
+    federation.join(PLAN, expected=2, needed=1, timeout=0.5)
+
+    assert list(federation.descriptions) == ["a"]
+    assert [failure.reason for failure in federation.absent] == ["no agent"]
+    assert [node for node, *_ in grid.asked] == [1, 2]
+    train(federation)
+    assert list(train(federation)) == ["a", "b"]
+
+
 def test_a_site_that_comes_late_joins_with_the_next_round() -> None:
     grid = FakeGrid({1: good("a"), 2: good("b"), 3: good("c")})
     here = [1, 2]
