@@ -1,12 +1,17 @@
-# Two commands do all: `make simulate` and `make test`. Each makes what it needs.
+# `make simulate`, `make demo` and `make test` each make what they need.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: simulate test check clean
+.PHONY: simulate demo install test check clean
 
 simulate: .venv/installed
 	$(BIN)/python simulate.py $(ARGS)
+
+demo: .venv/installed
+	$(BIN)/python -m server demo $(ARGS)
+
+install: .venv/installed
 
 test: .venv/tested
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
