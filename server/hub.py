@@ -82,14 +82,12 @@ class HubFolder:
         return hub_from_yaml(self.settings)
 
     def new_run(self) -> Path:
-        """A folder for a run, named by the time; the run goes by its name at the sites too."""
+        """Where a run's folder is to be, named by the time; the sites know the run by that name."""
         name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         taken = {path.name for path in self.runs.glob(f"{name}*")}
-        folder = self.runs / next(
+        return self.runs / next(
             one for one in (name, *(f"{name}-{n}" for n in range(2, 1000))) if one not in taken
         )
-        folder.mkdir(parents=True)
-        return folder
 
     @contextmanager
     def held(self, what: str) -> Iterator[None]:

@@ -53,11 +53,24 @@ def train(
     # Flower's strategies log each round on INFO; the round reports say it better.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with hub.held("run"):
+        superlink = open_superlink(hub)
+        # A run that cannot begin leaves no folder.
+        _admitted(hub, superlink)
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / CONFIG, to_yaml(config).encode())
-        superlink = open_superlink(hub)
         weights, final, history = _coordinate(hub, superlink, config, folder, watch, tell)
         return write_outcome(config, folder, weights, final, history, baselines={})
+
+
+def _admitted(hub: HubFolder, superlink: SuperLink) -> dict[int, str]:
+    """The admitted sites' names by node; the SuperLink knows them, too."""
+    names = tell_superlink(hub, superlink)
+    if not names:
+        raise HubError(
+            f"{hub.path}: no site is admitted; admit one with: "
+            f"python -m server admit {hub.path} SITE.pub"
+        )
+    return names
 
 
 def publish_run(hub: HubFolder, folder: Path, now: int) -> list[SiteReceipt | SiteFailure]:
@@ -98,12 +111,7 @@ def _coordinate(
 
     while True:
         try:
-            names = tell_superlink(hub, superlink)
-            if not names:
-                raise HubError(
-                    f"{hub.path}: no site is admitted; admit one with: "
-                    f"python -m server admit {hub.path} SITE.pub"
-                )
+            names = _admitted(hub, superlink)
             with superlink.open_grid() as grid:
                 return run_rounds(Federation(grid, names), config, len(names), folder, progress)
         except (*LOST, SuperLinkError) as error:

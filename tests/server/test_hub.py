@@ -60,7 +60,11 @@ def test_settings_that_are_not_in_order_are_named(hub: HubFolder, line: str, sai
 
 
 def test_runs_begun_in_one_second_have_folders_of_their_own(hub: HubFolder) -> None:
-    assert len({hub.new_run() for _ in range(3)}) == 3
+    folders = [hub.new_run()]
+    for _ in range(2):
+        folders[-1].mkdir()
+        folders.append(hub.new_run())
+    assert len(set(folders)) == 3
 
 
 def test_a_second_process_is_told_who_is_at_it(hub: HubFolder) -> None:

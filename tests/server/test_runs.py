@@ -132,6 +132,7 @@ def test_a_superlink_that_stays_away_ends_the_run_in_time(
 def test_without_a_superlink_there_is_no_run(hub: HubFolder) -> None:
     with pytest.raises(SuperLinkError, match="no SuperLink answers at localhost:9093; start it"):
         run(hub, settings(), hub.new_run())
+    assert list(hub.runs.iterdir()) == []
 
 
 def test_without_a_site_there_is_no_run(
@@ -141,6 +142,7 @@ def test_without_a_site_there_is_no_run(
     connect(monkeypatch, FakeSuperLink(config, tmp_path), names={})
     with pytest.raises(HubError, match=r"no site is admitted; admit one with: .* SITE\.pub"):
         run(hub, config, hub.new_run())
+    assert list(hub.runs.iterdir()) == []
 
 
 def test_a_site_under_another_name_than_it_was_admitted_by_does_not_join(
