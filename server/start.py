@@ -40,6 +40,9 @@ def start(hub: HubFolder, stopped: Stopped, tell: Callable[[str], None], *, fron
     config = hub.config()
     superlink = open_superlink(hub)
     commands = [_superlink_command(hub), *([_front_command(hub)] if front else [])]
+    for folder in (hub.state, hub.logs):
+        # A copy of a hub does without them.
+        folder.mkdir(mode=0o700, exist_ok=True)
     with hub.held("start"), ExitStack() as opened:
         supervisor = opened.enter_context(Supervisor(commands, tell))
         deadline = time.monotonic() + LONGEST_START_S

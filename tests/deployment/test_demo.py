@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from tests.deployment.federation import descendants, environment
 
 @pytest.mark.slow
 def test_the_demo_runs_a_federation_and_leaves_a_report_and_nothing_else(tmp_path: Path) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
+    # The paths of sockets have to be short.
+    with tempfile.TemporaryDirectory(prefix="demo-") as temporary:
+        _run_demo(tmp_path, Path(temporary))
+
+
+def _run_demo(tmp_path: Path, temporary: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "server", "demo", "model=logistic"],
         cwd=tmp_path,

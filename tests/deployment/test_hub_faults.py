@@ -119,7 +119,7 @@ def test_what_hangs_for_a_while_is_waited_for(federation: Federation) -> None:
 def test_a_run_that_is_killed_at_every_stage_is_resumed_from_its_last_round(
     federation: Federation,
 ) -> None:
-    words = SETTINGS
+    words: tuple[str, ...] = SETTINGS
     for stage, done in STAGES.items():
         with federation.running_run(*words) as run:
             with at_stage(federation, run, stage):
@@ -150,9 +150,13 @@ def test_a_killed_hub_leaves_nothing_and_the_run_goes_on_once_it_is_started(
         with at_stage(federation, run, "training"):
             # Two commands, each with its keeper.
             assert _kill_with_all(federation, federation.running.pop("hub")) >= 4
+        # What it knew of runs and sites is gone, too: the run has to begin anew at the SuperLink.
+        for file in federation.hub.state.glob("state.sqlite*"):
+            file.unlink()
         federation.start_hub()
-        # By itself; and then the run is killed, too, as if the machine had died.
         run.wait_rounds(2)
+        assert "the SuperLink is lost; waiting for it" in run.said
+        # The run is killed, too, as if the machine had died.
         federation.wait_work("books", "train")
         _kill_with_all(federation, run.process)
         _kill_with_all(federation, federation.running.pop("hub"))

@@ -39,11 +39,22 @@ STRANGER = User("stranger", 61004, in_group=False)
 USERS = (SITE, NODE, COLLEAGUE, STRANGER)
 
 
+_CONFINED = """\
+import ctypes, os, sys
+PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
+ctypes.CDLL(None).prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Users:
     """Starts processes as one of `USERS`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._temporary = folder / "tmp"
+        self._temporary.mkdir()
+        self._temporary.chmod(0o1777)
         members = ",".join(user.name for user in USERS if user.in_group)
         passwd = [f"{one.name}:x:{one.id}:{one.id}::/nonexistent:/bin/false" for one in USERS]
         groups = [f"{one.name}:x:{one.id}:" for one in USERS]
@@ -52,16 +63,31 @@ class Users:
         self._enter = folder / "enter.sh"
         self._enter.write_text("\n".join(["set -e", "umask 022", *self._mounts(), 'exec "$@"']))
 
-    def start(self, user: User, *argv: str, **more: object) -> subprocess.Popen[bytes]:
-        """A process of `user`, without any privilege."""
+    def start(
+        self, user: User, *argv: str, confined: bool = False, **more: object
+    ) -> subprocess.Popen[bytes]:
+        """A process of `user`, without any privilege.
+
+        `confined`: without a network, and without memory that can be written and executed, as the
+        unit of the agent has it (where the kernel can do that: Linux 6.3).
+        """
         groups = f"{user.id},{GROUP_ID}" if user.in_group else f"{user.id}"
         return subprocess.Popen(
             [
-                *("unshare", "--mount", "--propagation", "private", "sh", str(self._enter)),
+                *("unshare", "--mount", "--propagation", "private"),
+                *(["--net"] if confined else []),
+                *("sh", str(self._enter)),
                 *("setpriv", f"--reuid={user.id}", f"--regid={user.id}", f"--groups={groups}"),
-                *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", *argv),
+                *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"),
+                *([sys.executable, "-I", "-c", _CONFINED] if confined else []),
+                *argv,
             ],
-            env={**environment(), "HOME": "/nonexistent"},
+            env={
+                **environment(),
+                "HOME": "/nonexistent",
+                "TMPDIR": str(self._temporary),
+                "POLARS_SKIP_CPU_CHECK": "1",
+            },
             **more,  # type: ignore[call-overload]
         )
 
