@@ -238,8 +238,10 @@ def _figures(summary: Mapping[str, Any], target: float) -> list[Figure]:
             ],
         ),
     ]
-    if summary["epsilon"] is None:
+    if summary["delta"] is None:
         return [*figures, Figure("Privacy", "unprotected", [("no guarantee for anyone", "")], True)]
+    if summary["epsilon"] is None:
+        return [*figures, Figure("ε spent", "0", [("no site's update came", "")], True)]
     notes = [("δ", f"{summary['delta']:g}")]
     notes += [("target", f"{target:g}")] if math.isfinite(target) else []
     return [*figures, Figure("ε spent, largest of the sites", f"{summary['epsilon']:.2f}", notes)]

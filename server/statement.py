@@ -10,8 +10,14 @@ from conf.schema import Config, VisitorDP
 def privacy_statement(config: Config, epsilon: float | None) -> list[str]:
     """Sentences for the report and the model's manifest.
 
-    `epsilon` is the largest privacy loss of a visitor over the sites, None where unprotected.
+    `epsilon` is the largest privacy loss of a visitor over the sites, None where unprotected or
+    where no update came.
     """
+    if isinstance(config.privacy, VisitorDP) and epsilon is None:
+        return [
+            "No site's update came: this is the model that the run began with, and it says nothing "
+            "about any visitor."
+        ]
     if not isinstance(config.privacy, VisitorDP) or epsilon is None:
         return [
             "Nothing protects the visitors in this run: the model may reveal who was in the "

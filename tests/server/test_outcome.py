@@ -41,3 +41,21 @@ def test_a_site_that_was_not_evaluated_in_the_end_is_still_told_of(tmp_path: Pat
     low, high = summary["band"]["roc_auc"]
     assert low < summary["global"]["roc_auc"] < high
     assert "no reply in 9 s" in outcome.report.read_text()
+
+
+def test_a_run_to_which_no_update_came_is_not_called_unprotected(tmp_path: Path) -> None:
+    config = replace(load(["debug=tiny", "model=logistic", "rounds=1"]), privacy=VisitorDP())
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    history = History(tmp_path / "metrics.jsonl")
+    absent = [SiteFailure("books", "missing", "no reply in 9 s")]
+    history.add(RoundReport(1, False, "0 of 1 sound updates", 1.0, 1e-5, [], absent))
+    final = EvaluationReport(1, [], absent)
+    history.add(final)
+
+    outcome = write_outcome(config, tmp_path, initial_weights(config), final, history, {})
+
+    (statement,) = outcome.summary["privacy_statement"]
+    assert statement.startswith("No site's update came")
+    page = outcome.report.read_text()
+    assert statement.partition(",")[0].replace("'", "&#39;") in page
+    assert "no guarantee for anyone" not in page
