@@ -183,7 +183,8 @@ class Federation:
         self, words: Sequence[str], output: Any, before: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [*before, sys.executable, "-m", *words],
+            # As from a terminal: of tests that are started in the background Ctrl-C is ignored.
+            ["env", "--default-signal=INT", *before, sys.executable, "-m", *words],
             cwd=self.folder,
             env=environment(),
             stdout=output,
