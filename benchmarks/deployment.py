@@ -63,7 +63,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 {imports}
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 @client.train()
 def train(message, context):
@@ -88,7 +89,7 @@ def main(grid, context):
         time.sleep(0.1)
     strategy = Timed(min_train_nodes={sites}, min_evaluate_nodes={sites},
                      min_available_nodes={sites})
-    arrays = ArrayRecord({{"w": np.zeros(300, np.float32)}})
+    arrays = ArrayRecord([np.zeros(300, np.float32)])
     strategy.start(grid, arrays, num_rounds={rounds})
     Path({times!r}).with_suffix(".end").write_text(str(time.time()))
 """

@@ -64,7 +64,8 @@ def _start(options: argparse.Namespace, console: Console) -> None:
     configure(options.json_logs)
     hub = _hub(options)
     with until_stopped() as stopped:
-        start(hub, stopped, _teller(console), front=not options.no_front)
+        front, as_json = not options.no_front, options.json_logs
+        start(hub, stopped, _teller(console), front=front, json_logs=as_json)
 
 
 def _front(options: argparse.Namespace, console: Console) -> None:

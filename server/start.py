@@ -24,7 +24,14 @@ LONGEST_SILENCE_S = 60.0
 """A SuperLink that lives but answers nobody for so long is started anew."""
 
 
-def start(hub: HubFolder, stopped: Stopped, tell: Callable[[str], None], *, front: bool) -> None:
+def start(
+    hub: HubFolder,
+    stopped: Stopped,
+    tell: Callable[[str], None],
+    *,
+    front: bool,
+    json_logs: bool = False,
+) -> None:
     """Start SuperLink and front, and restart what dies, until `stopped`.
 
     Args:
@@ -32,6 +39,7 @@ def start(hub: HubFolder, stopped: Stopped, tell: Callable[[str], None], *, fron
         stopped: Ends it.
         tell: Is told what happens, a line each.
         front: False where another program, such as nginx, stands before the SuperLink.
+        json_logs: The front's log as JSON.
 
     Raises:
         HubError: It is started already, or the SuperLink does not come up.
@@ -39,7 +47,7 @@ def start(hub: HubFolder, stopped: Stopped, tell: Callable[[str], None], *, fron
     """
     config = hub.config()
     superlink = open_superlink(hub)
-    commands = [_superlink_command(hub), *([_front_command(hub)] if front else [])]
+    commands = [_superlink_command(hub), *([_front_command(hub, json_logs)] if front else [])]
     for folder in (hub.state, hub.logs):
         # A copy of a hub does without them.
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -111,10 +119,11 @@ def _superlink_command(hub: HubFolder) -> Command:
     )
 
 
-def _front_command(hub: HubFolder) -> Command:
+def _front_command(hub: HubFolder, json_logs: bool) -> Command:
+    options = ("--json-logs",) if json_logs else ()
     return Command(
         "front",
-        (sys.executable, "-m", "server", "front", str(hub.path)),
+        (sys.executable, "-m", "server", "front", str(hub.path), *options),
         _environment(hub),
         hub.logs / "front.log",
     )
