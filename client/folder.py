@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from client.pseudonyms import Keys
 from client.sources.registry import open_source
 from client.sources.source import Source
 from conf.compose import site_from_yaml
-from conf.site import PreparationConfig, SiteConfig
+from conf.site import PreparationConfig, SiteConfig, is_site_name
 from journeys.durable import write_durably
 from journeys.store import Store
 from privacy.ledger import Entry, Ledger
@@ -118,7 +117,7 @@ def create(path: Path, now: int) -> SiteFolder:
     name = path.resolve().name
     if (path / "site.yaml").exists():
         name = folder.config().name
-    elif re.fullmatch(r"[\w][\w .-]{0,62}", name) is None:
+    elif not is_site_name(name):
         name = _UNNAMED
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     Keys.create(path / "keys", now, PreparationConfig().rotation_days)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from client.folder import SiteFolder
 from client.node import NodeState
 from conf.site import SiteConfig
 from journeys.durable import write_durably
+from service.lock import held
 from service.logs import configure
 from service.processes import Command, ProcessError, Supervisor, until_stopped
 
@@ -155,15 +155,12 @@ def _checked(folder: SiteFolder, superlink: str, root_certificates: Path) -> byt
 @contextmanager
 def _held(folder: SiteFolder) -> Iterator[None]:
     """Be the only `join` of this site. Raises `JoinError`."""
-    descriptor = os.open(folder.path / ".join.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(held(folder.path / ".join.lock"))
         except BlockingIOError:
             raise JoinError(f"{folder.path}: takes part already, by another `join`") from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _commands(

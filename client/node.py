@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from client.secret import SecretError, read_secret, write_secret
 from journeys.durable import write_durably
+from service.lock import held
 
 
 class NodeBusyError(RuntimeError):
@@ -116,15 +116,12 @@ class NodeFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Be the only SuperNode here. Raises `NodeBusyError`, or `OSError`."""
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(held(self.path / ".lock"))
             except BlockingIOError:
                 raise NodeBusyError(f"{self.path}: another SuperNode runs on it") from None
             yield
-        finally:
-            os.close(descriptor)
 
     @property
     def _key(self) -> Path:

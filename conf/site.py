@@ -432,6 +432,11 @@ class AgentConfig:
         )
 
 
+def is_site_name(name: str) -> bool:
+    """Whether a site may go by `name`: a letter or digit, then more of them, and ` .-_`."""
+    return re.fullmatch(r"[\w][\w .-]{0,62}", name) is not None
+
+
 @dataclass
 class SiteConfig:
     """A site's `site.yaml`, whole."""
@@ -454,7 +459,7 @@ class SiteConfig:
 
     def __post_init__(self) -> None:
         check(
-            self.name == MISSING or re.fullmatch(r"[\w][\w .-]{0,62}", self.name) is not None,
+            self.name == MISSING or is_site_name(self.name),
             "name",
             self.name,
             "must be a letter or digit, then up to 62 letters, digits, spaces, dots or hyphens",

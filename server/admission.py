@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -14,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
+from conf.site import is_site_name
 from journeys.durable import sync_folder, write_durably
 from server.hub import HubFolder
 from server.superlink import SuperLink
@@ -35,7 +35,7 @@ def admit(hub: HubFolder, key_file: Path, name: str | None = None) -> str:
         AdmissionError: No such key, or name or key are taken by another site.
     """
     name = key_file.stem if name is None else name
-    if re.fullmatch(r"[\w][\w .-]{0,62}", name) is None:
+    if not is_site_name(name):
         raise AdmissionError(
             f"{name!r}: a site's name is a letter or digit, then up to 62 letters, digits, spaces, "
             "dots or hyphens; give another with --name"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from conf.compose import hub_from_yaml
 from conf.hub import HubConfig
 from journeys.durable import write_durably
 from server.certificates import create_authority, issue_server, issue_signer
+from service.lock import held
 
 AUTHORITY = "hub-ca.crt"
 """What a site needs to know the hub: its certificate authority."""
@@ -92,20 +92,16 @@ class HubFolder:
     @contextmanager
     def held(self, what: str) -> Iterator[None]:
         """Be the only process that does `what`. Raises `HubError` where another one does."""
-        descriptor = os.open(self.path / f".{what}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
+        lock = self.path / f".{what}.lock"
+        with ExitStack() as stack:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise HubError(
-                    f"{self.path}: {_BUSY[what]}, in process "
-                    f"{os.pread(descriptor, 20, 0).decode(errors='replace').strip()}"
-                ) from None
+                descriptor = stack.enter_context(held(lock))
+            except BlockingIOError:
+                holder = lock.read_text(errors="replace").strip()
+                raise HubError(f"{self.path}: {_BUSY[what]}, in process {holder}") from None
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             yield
-        finally:
-            os.close(descriptor)
 
     def is_held(self, what: str) -> bool:
         """Does a process do `what`?"""
