@@ -45,6 +45,7 @@ from protocol.replies import (
     SiteRefusal,
     SiteUpdate,
 )
+from tests.deployment.federation import free_ports
 from tests.publications import hub, model_files, sent
 from tests.visits import NOW, POLICY, SITE, store_of, stored
 
@@ -707,14 +708,8 @@ def command(*words: str) -> subprocess.Popen[str]:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as end:
-        end.bind(("127.0.0.1", 0))
-        return int(end.getsockname()[1])
-
-
 def test_the_command_runs_until_it_is_told_to_end(folder: SiteFolder) -> None:
-    port = free_port()
+    [port] = free_ports(1)
     (folder.path / "site.yaml").write_text(f"{SITE}agent: {{port: {port}}}\n")
     with command(str(folder.path), "--json-logs") as process:
         try:

@@ -9,10 +9,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from conf.schema import LogisticConfig, OptimizerConfig, Unprotected, VisitorDP
 from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
@@ -29,6 +25,7 @@ from protocol.replies import (
     Weights,
 )
 from server.federation import Federation, JoinError
+from tests.grid import AnsweringGrid
 from tests.shop import CUT
 
 PLAN = RoundPlan(
@@ -41,50 +38,16 @@ Answer = Callable[[Message, RoundPlan], list[Message]]
 
 
 @dataclass
-class FakeGrid(Grid):
-    """Each node answers by a function; replies come with the next pull."""
+class FakeGrid(AnsweringGrid):
+    """Each node answers by a function."""
 
     nodes: dict[int, Answer]
-    calls: int = 0
     asked: list[tuple[int, str, RoundPlan]] = field(default_factory=list)
-    _replies: list[Message] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        TaskIdentity.task_id = TaskIdentity.run_id = 1
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        return Run.create_empty(run_id=1)
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            message.metadata.__dict__["_message_id"] = f"{node}-{self.calls}"
-            plan = list(read_request(from_records(message.content)).plans.values())[-1]
-            self.asked.append((node, message.metadata.message_type, plan))
-            self._replies += self.nodes[node](message, plan)
-            ids.append(message.metadata.message_id)
-        self.calls += 1
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        # Hands out whatever there is, asked for or not: the worst that a grid may do.
-        replies, self._replies = self._replies, []
-        return replies
-
-    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
-        raise NotImplementedError
+    def answer(self, node: int, message: Message) -> list[Message]:
+        plan = list(read_request(from_records(message.content)).plans.values())[-1]
+        self.asked.append((node, message.metadata.message_type, plan))
+        return self.nodes[node](message, plan)
 
 
 class ById(FakeGrid):

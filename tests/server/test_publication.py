@@ -2,17 +2,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 from flwr.app import Error, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from client.folder import SiteFolder, create
 from client.published import PublicationRefused, accept, check_signature
@@ -40,6 +35,7 @@ from server.certificates import issue_signer, renew
 from server.federation import Federation
 from server.page import PAGE
 from server.publication import PublicationError, signed_run
+from tests.grid import AnsweringGrid
 from tests.publications import hub, model_files, small_weights, with_value
 from tests.visits import NOW, POLICY, SITE
 
@@ -50,46 +46,15 @@ Answer = Callable[[Message], list[Message]]
 
 
 @dataclass
-class Sites(Grid):
-    """Nodes that answer by a function; replies come with the next pull, asked for or not."""
+class Sites(AnsweringGrid):
+    """Nodes that answer by a function."""
 
     nodes: dict[int, Answer]
     asked: list[tuple[int, str]] = field(default_factory=list)
-    _replies: list[Message] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        TaskIdentity.task_id = TaskIdentity.run_id = 1
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        return Run.create_empty(run_id=1)
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            message.metadata.__dict__["_message_id"] = f"message {node}"
-            self.asked.append((node, message.metadata.message_type))
-            self._replies += self.nodes[node](message)
-            ids.append(message.metadata.message_id)
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        replies, self._replies = self._replies, []
-        return replies
-
-    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
-        raise NotImplementedError
+    def answer(self, node: int, message: Message) -> list[Message]:
+        self.asked.append((node, message.metadata.message_type))
+        return self.nodes[node](message)
 
 
 def saying(*replies: Reply) -> Answer:
