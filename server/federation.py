@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 from flwr.app import Message, MessageType
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 
 from conf.schema import Unprotected
@@ -107,13 +108,11 @@ class Federation:
         nodes = self._nodes
         kind = MessageType.TRAIN if "train" in request.plans else MessageType.EVALUATE
         answers: dict[int, dict[str, Reply | SiteFailure]] = {}
-        for message in _exchange(
-            self._grid, self._messages(request, kind, nodes, timeout), timeout
-        ):
-            node = message.metadata.src_node_id
+        messages = self._messages(request, kind, nodes, timeout)
+        for node, message in _exchange(self._grid, messages, timeout):
             # The first reply of a site counts; another one is dropped unread.
-            if node in nodes and node not in answers:
-                answers[node] = self._read(message, request)
+            if node not in answers:
+                answers[node] = self._read(node, message, request)
         for node, description in nodes.items():
             missing = SiteFailure(description.site, "missing", f"no reply in {timeout:.0f} s")
             answers.setdefault(node, dict.fromkeys(request.plans, missing))
@@ -130,19 +129,18 @@ class Federation:
         records, kind = to_records(parts), MessageType.QUERY
         messages = [Message(records, node, kind, group_id=run, ttl=timeout) for node in present]
         answers: dict[int, SiteReceipt | SiteFailure] = {}
-        for message in _exchange(self._grid, messages, timeout):
-            node = message.metadata.src_node_id
-            if node in present and node not in answers:
-                answers[node] = self._receipt(message, run)
+        for node, message in _exchange(self._grid, messages, timeout):
+            if node not in answers:
+                answers[node] = self._receipt(node, message, run)
         for node in self._admitted or present:
             reason = f"no reply in {timeout:.0f} s" if node in present else "not connected"
             answers.setdefault(node, SiteFailure(self._name(node), "missing", reason))
         return sorted(answers.values(), key=lambda answer: natural_order(answer.site))
 
-    def _receipt(self, message: Message, run: str) -> SiteReceipt | SiteFailure:
-        name = self._name(message.metadata.src_node_id)
+    def _receipt(self, node: int, message: Message, run: str) -> SiteReceipt | SiteFailure:
+        name = self._name(node)
         if message.has_error():
-            return SiteFailure(name, "missing", message.error.reason or "the site failed")
+            return SiteFailure(name, "missing", _fault_of(message))
         try:
             reply = read_replies(from_records(message.content), (PUBLISH,))[PUBLISH]
         except WireError as error:
@@ -175,18 +173,22 @@ class Federation:
 
     def _hear_who(self, plan: RoundPlan) -> bool:
         """Take in who has joined since; whether anybody answered."""
-        heard = list(self._grid.pull_messages(self._asked.values())) if self._asked else []
-        for message in heard:
-            node = message.metadata.src_node_id
-            if self._asked.pop(node, None) is None:
+        asked = {message: node for node, message in self._asked.items()}
+        replies = self._grid.pull_messages(asked) if asked else ()
+        for message in replies:
+            node = _sender(message, asked)
+            if node is None or self._asked.pop(node, None) is None:
                 continue
-            answer = self._read(message, _who(plan))["describe"]
+            if _is_offline(message):
+                # Asked anew once it is back.
+                continue
+            answer = self._read(node, message, _who(plan))["describe"]
             self._failures.pop(node, None)
             if isinstance(answer, SiteDescription):
                 self._welcome(node, answer)
             elif isinstance(answer, SiteFailure):
                 self._failures[node] = answer
-        return bool(heard)
+        return len(self._asked) < len(asked)
 
     def _welcome(self, node: int, description: SiteDescription) -> None:
         if description.site in self.descriptions:
@@ -204,15 +206,16 @@ class Federation:
         round_ = max(plan.round for plan in request.plans.values())
         return [Message(records, node, kind, group_id=str(round_), ttl=timeout) for node in nodes]
 
-    def _read(self, message: Message, request: Request) -> dict[str, Reply | SiteFailure]:
-        node = message.metadata.src_node_id
+    def _read(
+        self, node: int, message: Message, request: Request
+    ) -> dict[str, Reply | SiteFailure]:
         name = self._nodes[node].site if node in self._nodes else self._name(node)
 
         def failed(outcome: str, reason: str) -> dict[str, Reply | SiteFailure]:
             return dict.fromkeys(request.plans, SiteFailure(name, outcome, reason))
 
         if message.has_error():
-            return failed("missing", message.error.reason or "the site failed")
+            return failed("missing", _fault_of(message))
         try:
             replies = read_replies(from_records(message.content))
         except WireError as error:
@@ -252,22 +255,51 @@ _ANSWERS: dict[str, type[Reply]] = {
 }
 
 
-def _exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
-    """Replies as they come, until each message has one or `timeout` seconds are over.
+def _exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message]]:
+    """Nodes' replies as they come, until each has answered or `timeout` seconds are over.
 
     Polls rarely when sites take long: waiting adds about one per cent.
     """
     started = time.monotonic()
-    open_ids = set(grid.push_messages(messages))
+    nodes = [message.metadata.dst_node_id for message in messages]
+    asked = dict(zip(grid.push_messages(messages), nodes, strict=True))
+    open_ids = set(asked)
     while open_ids:
         replies = list(grid.pull_messages(open_ids))
         open_ids -= {reply.metadata.reply_to_message_id for reply in replies}
-        yield from replies
+        for reply in replies:
+            node = _sender(reply, asked)
+            if node is not None and not _is_expired(reply):
+                yield node, reply
         waited = time.monotonic() - started
         if waited > timeout:
             return
         if open_ids and not replies:
             time.sleep(_pause(waited))
+
+
+def _sender(reply: Message, asked: Mapping[str, int]) -> int | None:
+    """The node that was asked, if this is its reply or the SuperLink's word that none will come."""
+    node = asked.get(reply.metadata.reply_to_message_id)
+    return node if reply.metadata.src_node_id in (node, SUPERLINK_NODE_ID) else None
+
+
+def _is_expired(reply: Message) -> bool:
+    """Does the SuperLink say that the time to answer is over?"""
+    return reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE
+
+
+def _is_offline(reply: Message) -> bool:
+    """Does the SuperLink say that the node is gone?"""
+    return reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
+
+
+def _fault_of(reply: Message) -> str:
+    if _is_expired(reply):
+        return "no reply in time"
+    if _is_offline(reply):
+        return "went offline"
+    return reply.error.reason or "the site failed"
 
 
 def _pause(waited: float) -> float:

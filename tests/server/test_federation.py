@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 
 from conf.schema import LogisticConfig, OptimizerConfig, Unprotected, VisitorDP
 from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
@@ -375,7 +376,74 @@ def test_a_late_reply_of_an_earlier_round_does_not_count_for_a_later_one() -> No
 
     answers = train(federation)
 
-    assert answers["b"] == SiteFailure("b", "dropped", "answered for round 1 instead of 2")
+    assert answers["b"] == SiteFailure("b", "missing", "no reply in 0 s")
+
+
+def superlink(code: int) -> Answer:
+    """What Flower's SuperLink answers in a node's place."""
+
+    def answer(message: Message, plan: RoundPlan) -> list[Message]:
+        error = Message(Error(code, "a reason"), reply_to=message)
+        error.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+        return [error]
+
+    return answer
+
+
+def test_joining_does_not_wait_for_a_reply_whose_time_is_over() -> None:
+    grid = ById(FakeGrid({1: good("a"), 2: superlink(ErrorCode.MESSAGE_UNAVAILABLE)}))
+    federation = Federation(grid, {1: "a", 2: "b"})
+    started = time.monotonic()
+
+    with pytest.raises(JoinError, match=r"1 of 2 sites joined .*\(b: no reply in time\)"):
+        federation.join(PLAN, expected=2, needed=2, timeout=20.0)
+
+    assert time.monotonic() - started < 3.0
+    # It is asked again with the next round.
+    grid.nodes[2] = good("b")
+    train(federation)
+    assert set(train(federation)) == {"a", "b"}
+
+
+def test_who_goes_offline_while_it_joins_is_asked_anew_once_it_is_back() -> None:
+    grid = ById(FakeGrid({1: good("a"), 2: superlink(ErrorCode.NODE_UNAVAILABLE)}))
+    here = iter([[1, 2], [1], [1]])
+    answers = iter([grid.nodes[2]])
+    grid.nodes[2] = lambda message, plan: next(answers, good("b"))(message, plan)
+    grid.get_node_ids = lambda: next(here, [1, 2])  # type: ignore[method-assign]
+    federation = Federation(grid, {1: "a", 2: "b"})
+
+    federation.join(PLAN, expected=2, needed=2, timeout=20.0)
+
+    assert [node for node, *_ in grid.asked] == [1, 2, 2]
+    assert list(federation.descriptions) == ["a", "b"]
+
+
+def test_who_goes_offline_for_good_is_named_when_joining_ends() -> None:
+    grid = ById(FakeGrid({1: good("a"), 2: superlink(ErrorCode.NODE_UNAVAILABLE)}))
+    here = iter([[1, 2]])
+    grid.get_node_ids = lambda: next(here, [1])  # type: ignore[method-assign]
+
+    with pytest.raises(JoinError, match=r"1 of 2 sites joined .*\(b: not connected\)"):
+        Federation(grid, {1: "a", 2: "b"}).join(PLAN, expected=2, needed=2, timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (ErrorCode.MESSAGE_UNAVAILABLE, "no reply in 20 s"),
+        (ErrorCode.NODE_UNAVAILABLE, "went offline"),
+    ],
+)
+def test_a_round_does_not_wait_for_whom_the_superlink_has_given_up(code: int, reason: str) -> None:
+    federation = joined(good("a"), after_joining("b", superlink(code)))
+    started = time.monotonic()
+
+    answers = train(federation, timeout=20.0)
+
+    assert time.monotonic() - started < 3.0
+    assert isinstance(answers["a"], SiteUpdate)
+    assert answers["b"] == SiteFailure("b", "missing", reason)
 
 
 def test_joining_waits_no_longer_than_its_time() -> None:
