@@ -1,11 +1,12 @@
 """Seconds a round and memory of simulations, side by side: python benchmarks/simulation.py
 
-Six ways to run a round over the same random journeys, each in a process of its own, taking turns:
+Seven ways to run a round over the same random journeys, each in a process of its own, taking turns:
 
 plain      a PyTorch loop over the sites: no privacy, no Flower, index-batched
 opacus     the common pattern: PrivacyEngine.make_private and get_epsilon for each site and round
 direct     our DP training alone, called in a loop over the sites
-local1     our local runtime: Flower's messages, ledger, screening, aggregation; 1 worker, DP
+local0     our local runtime: Flower's messages, ledger, screening, aggregation, DP; in one process
+local1     the same with 1 worker process
 local2     the same with 2 workers
 ray2       the same on Flower's runtime on Ray with 2 workers
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 WORKLOADS = {"10x5000": (10, 5000), "100x500": (100, 500)}
 MODELS = ("mlp", "gru")
-ENGINES = ("plain", "opacus", "direct", "local1", "local2", "ray2")
+ENGINES = ("plain", "opacus", "direct", "local0", "local1", "local2", "ray2")
 BATCH, TOUCHPOINTS, NOISE, CLIP, DELTA, RATE = 256, 20, 1.0, 1.0, 1e-5, 0.1
 SAID = "@"
 """Begins the lines that an engine's process says to this one."""

@@ -26,7 +26,8 @@ class JourneyBatch:
     label: Tensor
     """float32 (B,): 1 converted within the horizon, 0 not."""
     bag: Tensor | None = None
-    """float32 (B, width): of `models.embedding.TouchpointBag`, where it is already known."""
+    """float32 (B, width): of `models.embedding.TouchpointBag`, where it is already known. Who reads
+    it needs no touchpoints: the other tensors but the label may then be empty."""
 
     def __len__(self) -> int:
         return len(self.label)

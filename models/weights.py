@@ -6,19 +6,27 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 
 def get_weights(model: nn.Module) -> dict[str, npt.NDArray[np.float32]]:
     """Copies of the parameters, float32, by name."""
-    return {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
+    return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
 
 
 def set_weights(model: nn.Module, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Copy `weights` into `model`.
 
     Raises:
-        RuntimeError: A name or a shape differs from the model's.
+        RuntimeError: A name or a shape differs from the model's. The model is as it was.
     """
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    parameters = dict(model.named_parameters())
+    expected = {name: tuple(p.shape) for name, p in parameters.items()}
+    given = {name: value.shape for name, value in weights.items()}
+    if given != expected:
+        name = min(set(given.items()) ^ set(expected.items()))[0]
+        raise RuntimeError(
+            f"{name}: shape {given.get(name)} where the model has {expected.get(name)}"
+        )
+    for name, p in parameters.items():
+        np.copyto(p.detach().numpy(), weights[name])

@@ -15,7 +15,7 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from privacy.gradients import GRADIENTS, Kept, Use, VisitorGradients
+from privacy.gradients import GRADIENTS, Kept, Use, VisitorGradients, visitor_gradients
 
 ADVICE = "use layers of privacy.gradients.GRADIENTS, or set privacy.clipping_engine=opacus"
 NOT_PER_VISITOR = (
@@ -30,13 +30,15 @@ class Engine(Protocol):
     def __call__(self, batch: Any) -> Tensor:
         """What the model gives for `batch`: one row an example."""
 
-    def visitor_gradients(self, loss: Tensor, examples: int, each: int) -> list[VisitorGradients]:
+    def visitor_gradients(
+        self, output: Tensor, gradient: Tensor, each: int
+    ) -> list[VisitorGradients]:
         """Of all of the model's parameters.
 
         Args:
-            loss: (), a sum over the `examples` of the last call.
-            examples: R, those of a visitor in a row.
-            each: how many of them each visitor has.
+            output: of the last call: one row for each of R examples, those of a visitor in a row.
+            gradient: of a sum over examples by `output`, of the same shape.
+            each: how many examples each visitor has.
 
         Raises:
             RuntimeError: A parameter has no gradient for each visitor: it took no part, or its
@@ -67,32 +69,32 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
         super().__init__(model, loss_reduction="sum")
         self._layers = {layer: name for layer, name in layers.items() if _has_parameters(layer)}
         self._hooks = [layer.register_forward_hook(self._keep) for layer in self._layers]
-        self._keeping = False
-        self._inputs: list[tuple[nn.Module, Tensor]] = []
-        self._outputs: list[GradientEdge] = []
+        self._pass = _Pass()
 
     def forward(self, batch: Any) -> Tensor:
         """What the model gives for `batch`."""
-        self._inputs, self._outputs, self._keeping = [], [], True
+        self._pass.begin()
         try:
             result: Tensor = self._module(batch)
         finally:
-            self._keeping = False
+            self._pass.keeping = False
         return result
 
-    def visitor_gradients(self, loss: Tensor, examples: int, each: int) -> list[VisitorGradients]:
+    def visitor_gradients(
+        self, output: Tensor, gradient: Tensor, each: int
+    ) -> list[VisitorGradients]:
         """Of all parameters, layer by layer; see `Engine`."""
-        gradients = torch.autograd.grad(loss, self._outputs, allow_unused=True)
+        gradients = torch.autograd.grad(output, self._pass.outputs, gradient, allow_unused=True)
         uses: dict[nn.Module, list[Use]] = {layer: [] for layer in self._layers}
-        for (layer, entered), gradient in zip(self._inputs, gradients, strict=True):
-            if gradient is not None:
-                uses[layer].append((entered, gradient))
-        self._inputs, self._outputs = [], []
-        for layer, name in self._layers.items():
-            sizes = {len(x) for use in uses[layer] for x in use}
-            if sizes != {examples}:
-                raise RuntimeError(NOT_PER_VISITOR.format(name))
-        return [GRADIENTS[type(layer)](layer, used, each) for layer, used in uses.items()]
+        for (layer, entered), of_output in zip(self._pass.inputs, gradients, strict=True):
+            if of_output is not None:
+                uses[layer].append((entered, of_output))
+        self._pass.inputs, self._pass.outputs = [], []
+        examples = output.shape[0]
+        for layer, used in uses.items():
+            if not used or any(x.shape[0] != examples for use in used for x in use):
+                raise RuntimeError(NOT_PER_VISITOR.format(self._layers[layer]))
+        return visitor_gradients(uses, each)
 
     def remove_hooks(self) -> None:
         """Detach from the layers."""
@@ -100,9 +102,21 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
             hook.remove()
 
     def _keep(self, layer: nn.Module, entered: tuple[Tensor, ...], came_out: Tensor) -> None:
-        if self._keeping and came_out.requires_grad:
-            self._inputs.append((layer, entered[0].detach()))
-            self._outputs.append(get_gradient_edge(came_out))
+        if self._pass.keeping and came_out.requires_grad:
+            self._pass.inputs.append((layer, entered[0].detach()))
+            self._pass.outputs.append(get_gradient_edge(came_out))
+
+
+class _Pass:
+    """What a forward pass keeps. Not on the module, of which each attribute is slow to set."""
+
+    def __init__(self) -> None:
+        self.keeping = False
+        self.inputs: list[tuple[nn.Module, Tensor]] = []
+        self.outputs: list[GradientEdge] = []
+
+    def begin(self) -> None:
+        self.inputs, self.outputs, self.keeping = [], [], True
 
 
 class OpacusHooks(GradSampleModule):  # type: ignore[misc]
@@ -121,19 +135,22 @@ class OpacusHooks(GradSampleModule):  # type: ignore[misc]
         result: Tensor = super().forward(batch)
         return result
 
-    def visitor_gradients(self, loss: Tensor, examples: int, each: int) -> list[VisitorGradients]:
+    def visitor_gradients(
+        self, output: Tensor, gradient: Tensor, each: int
+    ) -> list[VisitorGradients]:
         """Of all parameters, one by one; see `Engine`."""
+        examples = len(output)
         with warnings.catch_warnings():
             # Torch says so of layers whose input needs no gradient; their own is right.
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-            torch.autograd.backward(loss)
+            torch.autograd.backward(output, gradient)
         self.remove_hooks()
         result: list[VisitorGradients] = []
         for name, p in self._module.named_parameters():
-            gradient, p.grad_sample = p.grad_sample, None
-            if not isinstance(gradient, Tensor) or len(gradient) != examples:
+            rows, p.grad_sample = p.grad_sample, None
+            if not isinstance(rows, Tensor) or len(rows) != examples:
                 raise RuntimeError(NOT_PER_VISITOR.format(name))
-            own = gradient.view(examples // each, each, -1).sum(dim=1) if each > 1 else gradient
+            own = rows.view(examples // each, each, -1).sum(dim=1) if each > 1 else rows
             result.append(Kept([(p, own)]))
         return result
 

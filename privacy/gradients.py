@@ -14,11 +14,12 @@ V: visitors. P: positions of a visitor, over all its examples and all uses of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.functional import layer_norm
 
 LARGEST_NORM = 1.8e19
@@ -30,25 +31,26 @@ About there it also costs as much as the closed form."""
 
 Use = tuple[Tensor, Tensor]
 """What went into a layer and the gradient of what came out, (R, ..., width); R: examples."""
-Sums = list[tuple[nn.Parameter, Tensor]]
+Sums = Mapping[Tensor, Tensor]
+"""Of each parameter a tensor of its shape."""
 
 
 class VisitorGradients(Protocol):
     """One gradient a visitor, of some parameters."""
 
     @property
-    def parameters(self) -> Sequence[nn.Parameter]:
+    def parameters(self) -> Sequence[Tensor]:
         """Of which the gradients are."""
 
     def norms(self) -> Tensor:
-        """(V,) at least the L2 norm of what `weighted_sums` adds for a visitor at weight 1.
+        """(V,) at least the L2 norm of what `add_weighted` adds for a visitor at weight 1.
 
         Above it by rounding only. Rounding inside of a sum of n squares, at most n x 2^-24 of it,
         is left to the caller. Infinite or NaN where the gradient is broken.
         """
 
-    def weighted_sums(self, weights: Tensor) -> Sums:
-        """Each parameter with the sum of its gradients, each times its weight of (V,)."""
+    def add_weighted(self, weights: Tensor, sums: Sums) -> None:
+        """Add each visitor's gradient, times its weight of (V,), to its parameters' `sums`."""
 
     def without(self, broken: Tensor) -> VisitorGradients:
         """The same with zeros for the visitors in `broken`, bool (V,)."""
@@ -57,18 +59,19 @@ class VisitorGradients(Protocol):
 class Kept:
     """Gradients that exist: one row a visitor."""
 
-    def __init__(self, rows: Sums) -> None:
+    def __init__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         """`rows`: each parameter with its gradients (V, ...)."""
         self.rows = [(p, gradient.flatten(1)) for p, gradient in rows]
         self.parameters = [p for p, _ in rows]
 
     def norms(self) -> Tensor:
         """(V,) L2 norms over all parameters."""
-        return together([torch.linalg.vector_norm(gradient, dim=1) for _, gradient in self.rows])
+        return together([vector_norm(gradient, dim=1) for _, gradient in self.rows])
 
-    def weighted_sums(self, weights: Tensor) -> Sums:
-        """Each parameter with its weighted sum."""
-        return [(p, (weights @ gradient).view_as(p)) for p, gradient in self.rows]
+    def add_weighted(self, weights: Tensor, sums: Sums) -> None:
+        """Add one product for each parameter."""
+        for p, gradient in self.rows:
+            sums[p].view(-1).addmv_(gradient.t(), weights)
 
     def without(self, broken: Tensor) -> Kept:
         """The same with zeros for `broken`."""
@@ -81,29 +84,53 @@ class Products:
     def __init__(self, layer: nn.Linear, inputs: Tensor, outputs: Tensor) -> None:
         """`inputs` (V, P, I), `outputs` (V, P, O): the gradient of what came out."""
         self.layer, self.inputs, self.outputs = layer, inputs, outputs
-        self.parameters = list(layer.parameters())
+        self.parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
     def norms(self) -> Tensor:
         """float64 (V,) from the inner products of positions."""
-        if self.inputs.shape[1] == 1 and self.layer.bias is not None:
-            # The bias makes up for what vanishes in the inputs' squares; inf is what overflows.
-            inputs = torch.linalg.vector_norm(self.inputs[:, 0], dim=1).square_().add_(1).sqrt_()
-            own: Tensor = torch.linalg.vector_norm(self.outputs[:, 0], dim=1, dtype=torch.float64)
-            return own.mul_(inputs)
         inputs, outputs = _inner_products(self.inputs), _inner_products(self.outputs)
         if self.layer.bias is not None:
             inputs += 1
         return _norms(inputs, outputs, inputs.shape[1], self.inputs.dtype)
 
-    def weighted_sums(self, weights: Tensor) -> Sums:
-        """One product over visitors and positions for each parameter."""
+    def add_weighted(self, weights: Tensor, sums: Sums) -> None:
+        """Add one product over visitors and positions for each parameter."""
         outputs = (self.outputs * weights[:, None, None]).flatten(0, 1)
-        sums = (outputs.t() @ self.inputs.flatten(0, 1), outputs.sum(dim=0))
-        return list(zip(self.parameters, sums, strict=False))
+        sums[self.layer.weight].addmm_(outputs.t(), self.inputs.flatten(0, 1))
+        if self.layer.bias is not None:
+            sums[self.layer.bias].add_(outputs.sum(dim=0))
 
     def without(self, broken: Tensor) -> Products:
         """The same with zeros for `broken`."""
         return Products(self.layer, *(_without(x, broken) for x in (self.inputs, self.outputs)))
+
+
+class OuterProducts:
+    """Of linear layers with a bias, each used once for a visitor: output gradient x (input, 1)."""
+
+    def __init__(self, layers: Sequence[tuple[nn.Linear, Tensor, Tensor]]) -> None:
+        """`layers`: each with its inputs (V, I) and the gradient of what came out, (V, O)."""
+        self.layers = layers
+        self.parameters = [p for layer, *_ in layers for p in (layer.weight, layer.bias)]
+
+    def norms(self) -> Tensor:
+        """float64 (V,) from the norms of inputs and output gradients."""
+        # The bias makes up for what vanishes in the inputs' squares; inf is what overflows.
+        inputs = torch.stack([vector_norm(x, dim=1) for _, x, _ in self.layers])
+        outputs = torch.stack([vector_norm(x, dim=1, dtype=torch.float64) for *_, x in self.layers])
+        return outputs.square_().mul_(inputs.square_().add_(1)).sum(dim=0).sqrt_()
+
+    def add_weighted(self, weights: Tensor, sums: Sums) -> None:
+        """Add two products over visitors for each layer."""
+        for layer, inputs, outputs in self.layers:
+            sums[layer.weight].addmm_((outputs * weights[:, None]).t(), inputs)
+            sums[layer.bias].addmv_(outputs.t(), weights)
+
+    def without(self, broken: Tensor) -> OuterProducts:
+        """The same with zeros for `broken`."""
+        return OuterProducts(
+            [(layer, _without(x, broken), _without(y, broken)) for layer, x, y in self.layers]
+        )
 
 
 class Lookups:
@@ -112,7 +139,7 @@ class Lookups:
     def __init__(self, table: nn.Embedding, indices: Tensor, outputs: Tensor) -> None:
         """`indices` int64 (V, P, C): rows that share an output gradient of (V, P, W)."""
         self.table, self.indices, self.outputs = table, indices, outputs
-        self.parameters = list(table.parameters())
+        self.parameters = [table.weight]
 
     def norms(self) -> Tensor:
         """float64 (V,) from inner products and how many indices two positions have in common."""
@@ -123,12 +150,9 @@ class Lookups:
         outputs, terms = _inner_products(self.outputs), positions * columns**2
         return _norms(common.double(), outputs, terms, self.outputs.dtype)
 
-    def weighted_sums(self, weights: Tensor) -> Sums:
-        """The table with its weighted sum."""
-        weighted = self.outputs * weights[:, None, None]
-        (weight,) = self.parameters
-        total = torch.zeros_like(weight, requires_grad=False)
-        return [(weight, _add_up(total, self.indices, weighted))]
+    def add_weighted(self, weights: Tensor, sums: Sums) -> None:
+        """Add each output gradient to its rows of the table."""
+        _add_up(sums[self.table.weight], self.indices, self.outputs * weights[:, None, None])
 
     def without(self, broken: Tensor) -> Lookups:
         """The same with zeros for `broken`."""
@@ -137,7 +161,29 @@ class Lookups:
 
 def together(norms: list[Tensor]) -> Tensor:
     """(V,) the norm of vectors whose parts have `norms` (V,)."""
-    return torch.stack(norms).square_().sum(dim=0).sqrt_()
+    return norms[0] if len(norms) == 1 else torch.stack(norms).square_().sum(dim=0).sqrt_()
+
+
+def visitor_gradients(uses: Mapping[nn.Module, Sequence[Use]], each: int) -> list[VisitorGradients]:
+    """Of all layers.
+
+    Args:
+        uses: of each layer; of kinds in `GRADIENTS`.
+        each: examples of a visitor, in a row.
+    """
+    found: list[VisitorGradients] = []
+    once: list[tuple[nn.Linear, Tensor, Tensor]] = []
+    for layer, used in uses.items():
+        if (
+            each == 1
+            and len(used) == 1
+            and isinstance(layer, nn.Linear)
+            and _is_once(layer, used[0])
+        ):
+            once.append((layer, *used[0]))
+        else:
+            found.append(GRADIENTS[type(layer)](layer, used, each))
+    return [*found, OuterProducts(once)] if once else found
 
 
 def linear_gradients(layer: nn.Linear, uses: Sequence[Use], each: int) -> VisitorGradients:
@@ -193,6 +239,11 @@ def _positions(uses: list[Tensor], each: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def _is_once(layer: nn.Linear, use: Use) -> bool:
+    """Whether each example has one position and the layer a bias."""
+    return layer.bias is not None and use[0].dim() == use[1].dim() == 2
+
+
 def _summed(use: Use) -> bool:
     """Whether the embeddings along the last axis of indices were summed.
 
@@ -213,7 +264,7 @@ def _add_up(total: Tensor, indices: Tensor, outputs: Tensor) -> Tensor:
 def _inner_products(x: Tensor) -> Tensor:
     """(V, P, P) of (V, P, width); in float64, as their sums may cancel."""
     if x.shape[1] == 1:
-        norms: Tensor = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=torch.float64)
+        norms: Tensor = vector_norm(x, dim=2, keepdim=True, dtype=torch.float64)
         return norms.square_()
     x = x.double()
     return x @ x.transpose(1, 2)

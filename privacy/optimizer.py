@@ -83,7 +83,11 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
         # In whatever order it is summed, a norm of n numbers is off by less than this share.
         share = sum(self._sizes) * torch.finfo(self._parameters[0].dtype).eps / 2
         self._largest_norm = (clipping_norm - rounding) / (1 + share)
-        self._sum = self._nothing()
+        kind = self._parameters[0].dtype
+        self._sum = torch.zeros(sum(self._sizes), dtype=kind)
+        self._sums = self._by_parameter(self._sum)
+        self._gradient = torch.zeros(sum(self._sizes), dtype=kind)
+        self._gradients = self._by_parameter(self._gradient)
 
     def clip_and_accumulate(self, gradients: Sequence[VisitorGradients]) -> None:
         """Add each visitor's gradient, clipped, to the sum.
@@ -94,33 +98,34 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
         Raises:
             RuntimeError: A parameter has no gradient, or has two.
         """
+        parameters = [p for g in gradients for p in g.parameters]
+        if len(parameters) != len(self._sizes) or set(parameters) != self._sums.keys():
+            raise RuntimeError("each parameter needs exactly one gradient a visitor")
         norms = together([g.norms() for g in gradients])
-        sound = norms <= LARGEST_NORM
-        if not sound.all():
+        # A sum over visitors, to look at one number: seldom is any broken.
+        if not float(norms.sum()) <= LARGEST_NORM:
+            sound = norms <= LARGEST_NORM
             gradients = [g.without(~sound) for g in gradients]
             norms = norms.masked_fill(~sound, math.inf)
         factors = (self._largest_norm / norms).clamp_(max=1.0).to(self._sum.dtype)
-
-        sums = [part for g in gradients for part in g.weighted_sums(factors)]
-        by_parameter = dict(sums)
-        if len(sums) != len(self._sizes) or set(by_parameter) != set(self._parameters):
-            raise RuntimeError("each parameter needs exactly one gradient a visitor")
-        self._sum += torch.cat([by_parameter[p].flatten() for p in self._parameters])
+        for g in gradients:
+            g.add_weighted(factors, self._sums)
 
     def add_noise(self) -> None:
         """Add noise of deviation multiplier x C to the sum, both on the grid of the noise."""
         if self._deviation > 0:
             unit = self._deviation * NORMAL_GRID
-            units = (self._sum.double() / unit).round_()
+            units = self._sum.double().div_(unit).round_()
             noise = torch.from_numpy(self._randomness.normal(len(units)))
-            self._sum = units.add_(noise, alpha=1 / NORMAL_GRID).mul_(unit)
+            self._sum.copy_(units.add_(noise, alpha=1 / NORMAL_GRID).mul_(unit))
 
     def scale_grad(self) -> None:
         """Set each parameter's gradient to its part of the sum / the expected batch size."""
-        gradient = (self._sum / self.expected_batch_size).to(self._parameters[0].dtype)
-        for p, part in zip(self._parameters, torch.split(gradient, self._sizes), strict=True):
-            p.grad = part.view_as(p)
-        self._sum = self._nothing()
+        torch.div(self._sum, self.expected_batch_size, out=self._gradient)
+        for p, gradient in self._gradients.items():
+            if p.grad is not gradient:
+                p.grad = gradient
+        self._sum.zero_()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Turn the sum so far into the noised gradient."""
@@ -128,5 +133,6 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
         self.scale_grad()
         return True
 
-    def _nothing(self) -> Tensor:
-        return torch.zeros(sum(self._sizes), dtype=self._parameters[0].dtype)
+    def _by_parameter(self, flat: Tensor) -> dict[Tensor, Tensor]:
+        parts = zip(self._parameters, torch.split(flat, self._sizes), strict=True)
+        return {p: part.view_as(p) for p, part in parts}

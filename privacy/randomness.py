@@ -10,6 +10,7 @@ a real Gaussian to the grid is post-processing, which costs nothing.
 
 from __future__ import annotations
 
+from functools import cached_property
 from os import urandom
 from typing import Protocol
 
@@ -46,10 +47,7 @@ class Randomness(Protocol):
         """Whether someone who knows a seed can draw the same again, and take the noise off."""
 
     def uniform(self, n: int) -> Floats64:
-        """(n,) uniform on the multiples of 2^-53 in [0, 1).
-
-        `uniform(n) < q` draws each of n visitors with probability q rounded up to such a multiple.
-        """
+        """(n,) uniform on the multiples of 2^-53 in [0, 1)."""
 
     def normal(self, n: int) -> Floats32:
         """(n,) standard normals."""
@@ -129,14 +127,7 @@ class SeededRandomness:
 
     def __init__(self, seed: np.random.SeedSequence) -> None:
         """Start from `seed`, which is left as it is."""
-        # A stream for each kind of draw. Not seed.spawn, which answers anew each time.
-        self._uniform, self._normal = (
-            np.random.default_rng(
-                np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, i))
-            )
-            for i in range(2)
-        )
-        self._rounded = np.random.default_rng(seed)
+        self._seed = seed
 
     def uniform(self, n: int) -> Floats64:
         """(n,) uniform on the multiples of 2^-53 in [0, 1)."""
@@ -154,6 +145,27 @@ class SeededRandomness:
         """
         _check(deviation)
         return np.rint(self._rounded.standard_normal(n) * deviation).astype(np.int64)
+
+    # A stream for each kind of draw, begun when it is first asked for.
+
+    @cached_property
+    def _rounded(self) -> np.random.Generator:
+        return self._stream()
+
+    @cached_property
+    def _uniform(self) -> np.random.Generator:
+        return self._stream(0)
+
+    @cached_property
+    def _normal(self) -> np.random.Generator:
+        return self._stream(1)
+
+    def _stream(self, *key: int) -> np.random.Generator:
+        # Not seed.spawn, which answers anew each time.
+        spawn_key = (*self._seed.spawn_key, *key)
+        return np.random.default_rng(
+            np.random.SeedSequence(self._seed.entropy, spawn_key=spawn_key)
+        )
 
 
 def _check(deviation: float) -> None:

@@ -22,19 +22,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from conf.schema import OptimizerConfig
 from journeys.examples import Examples
 from models.batch import JourneyBatch, to_batch
+from models.embedding import TouchpointBag
 from models.weights import get_weights, set_weights
 from privacy.accountant import PrivacyEvent
 from privacy.randomness import Randomness
+from privacy.sampling import draw_steps
 
 if TYPE_CHECKING:
     from privacy.engines import Engine
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 
 AHEAD = 4096
 """Examples that are read at once, for several steps."""
+KEPT_BYTES = 2**26
+"""Of examples as a model reads them, from one round to the next; see `_KeptBags`."""
+KEPT_BYTES = 2**26
+"""Of sites' examples as a model reads them, kept from one round to the next."""
 
 Weights = dict[str, npt.NDArray[np.float32]]
 """A model's parameters by name."""
@@ -111,6 +117,8 @@ class Trainer:
         """
         self.model = model
         self._engines: dict[str, Engine] = {}
+        bag = getattr(model, "bag", None)
+        self._bags = _KeptBags(bag) if isinstance(bag, TouchpointBag) else None
 
     @property
     def parameters(self) -> int:
@@ -160,8 +168,9 @@ class Trainer:
         engine = self._engine(training.clipping_engine)
         for step in steps:
             for batch, each in step:
-                loss = _loss(engine(batch), batch) / each
-                optimizer.clip_and_accumulate(engine.visitor_gradients(loss, len(batch), each))
+                logits = engine(batch)
+                gradient = _loss_gradient(logits, batch, each)
+                optimizer.clip_and_accumulate(engine.visitor_gradients(logits, gradient, each))
             optimizer.step()
 
     def _train_plainly(
@@ -170,8 +179,9 @@ class Trainer:
         for step in steps:
             optimizer.zero_grad(set_to_none=False)
             for batch, each in step:
-                loss = _loss(self.model(batch), batch) / (each * training.expected_batch_size)
-                torch.autograd.backward(loss)
+                logits = self.model(batch)
+                share = each * training.expected_batch_size
+                torch.autograd.backward(logits, _loss_gradient(logits, batch, share))
             optimizer.step()
 
     def _steps(
@@ -179,28 +189,41 @@ class Trainer:
     ) -> Iterator[_Step]:
         """The batches of each step. Those of several are read at once, which costs less."""
         visitors = _Visitors(examples)
+        steps = (
+            list(visitors.parts(drawn, training.optimizer.microbatch))
+            for drawn in self._draw(visitors.number, training, randomness)
+        )
+        bags = None if self._bags is None else self._bags.of(examples)
+        if bags is not None:
+            for parts in steps:
+                yield [(bags.take(rows), each) for rows, each in parts]
+            return
         waiting: list[list[_Part]] = []
         ahead = 0
-        for step in range(1, training.steps + 1):
-            waiting.append(list(visitors.draw(training, randomness)))
-            ahead += sum(len(rows) for rows, _ in waiting[-1])
-            if ahead >= AHEAD or step == training.steps:
+        for parts in steps:
+            waiting.append(parts)
+            ahead += sum(len(rows) for rows, _ in parts)
+            if ahead >= AHEAD:
                 yield from self._read(examples, waiting)
                 waiting, ahead = [], 0
+        yield from self._read(examples, waiting)
+
+    def _draw(
+        self, visitors: int, training: LocalTraining, randomness: Randomness
+    ) -> Iterator[npt.NDArray[np.int64]]:
+        """Who takes part in each step, below `visitors`."""
+        return draw_steps(visitors, training.sample_rate, training.steps, randomness)
 
     def _read(self, examples: Examples, waiting: list[list[_Part]]) -> Iterator[_Step]:
         parts = [rows for step in waiting for rows, _ in step]
         batches: Iterator[JourneyBatch] = iter(())
         if parts:
-            batch = self._fixed(to_batch(examples, np.concatenate(parts)))
+            batch = to_batch(examples, np.concatenate(parts))
+            if self._bags is not None:
+                batch = replace(batch, bag=self._bags.bag(batch))
             batches = batch.split([len(rows) for rows in parts])
         for step in waiting:
             yield [(next(batches), each) for _, each in step]
-
-    def _fixed(self, batch: JourneyBatch) -> JourneyBatch:
-        """With what the model makes of it before its first parameter."""
-        bag = getattr(self.model, "bag", None)
-        return batch if bag is None else replace(batch, bag=bag(batch))
 
     def _load(self, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
         set_weights(self.model, weights)
@@ -217,20 +240,69 @@ class Trainer:
         return self._engines[name]
 
 
+class _Bags:
+    """Examples as bags of touchpoints."""
+
+    def __init__(self, bag: Tensor, label: Tensor) -> None:
+        self._bag, self._label = bag, label
+        # Of the touchpoints there is nothing left.
+        self._none = torch.empty(0, 0, 0, dtype=torch.int64), torch.empty(0, 0, 0)
+        self._no_length = torch.empty(0, dtype=torch.int64)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> JourneyBatch:
+        """The examples at `rows`."""
+        index = torch.from_numpy(rows)
+        label, bag = self._label.index_select(0, index), self._bag.index_select(0, index)
+        return JourneyBatch(*self._none, self._no_length, label, bag)
+
+
+class _KeptBags:
+    """Sites' journeys as bags of touchpoints, made once: no round changes them.
+
+    Of those that come first as many as fit in `KEPT_BYTES`, each as long as its examples exist.
+    """
+
+    def __init__(self, bag: TouchpointBag) -> None:
+        self.bag = bag
+        self._kept: dict[int, tuple[ref[Examples], _Bags]] = {}
+        self._free = KEPT_BYTES
+
+    def of(self, examples: Examples) -> _Bags | None:
+        """All of `examples`; None if that is too much."""
+        key, size = id(examples), len(examples) * 4 * (self.bag.width + 1)
+        if key not in self._kept:
+            if size > self._free:
+                return None
+            self._free -= size
+            self._kept[key] = ref(examples, lambda _: self._drop(key, size)), self._whole(examples)
+        return self._kept[key][1]
+
+    def _whole(self, examples: Examples) -> _Bags:
+        starts = range(0, max(len(examples), 1), AHEAD)
+        parts = [to_batch(examples, slice(start, start + AHEAD)) for start in starts]
+        label = torch.cat([part.label for part in parts])
+        return _Bags(torch.cat([self.bag(part) for part in parts]), label)
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._kept[key]
+        self._free += size
+
+
 class _Visitors:
     """A site's examples, visitor by visitor."""
 
     def __init__(self, examples: Examples) -> None:
         self._rows, self._count = examples.by_visitor()
+        self.number = len(self._count)
         self._start = np.cumsum(self._count) - self._count
+        self._most = int(self._count.max(initial=1))
 
-    def draw(self, training: LocalTraining, randomness: Randomness) -> Iterator[_Part]:
-        """One step's visitors, in parts that fit in memory and have equally many examples each."""
-        drawn = np.flatnonzero(randomness.uniform(len(self._count)) < training.sample_rate)
+    def parts(self, drawn: npt.NDArray[np.int64], microbatch: int) -> Iterator[_Part]:
+        """Those who were drawn, in parts that fit in memory and have equally many examples each."""
         count = self._count[drawn]
-        for each in sorted(set(count.tolist())):
-            alike = drawn[count == each]
-            size = max(1, training.optimizer.microbatch // each)
+        for each in [1] * min(1, len(drawn)) if self._most == 1 else np.unique(count).tolist():
+            alike = drawn[count == each] if self._most > 1 else drawn
+            size = max(1, microbatch // each)
             for start in range(0, len(alike), size):
                 first = self._start[alike[start : start + size]]
                 yield self._rows[(first[:, None] + np.arange(each)).ravel()], each
@@ -243,8 +315,10 @@ def _until(stopped: Callable[[], bool], steps: Iterator[_Step]) -> Iterator[_Ste
         yield step
 
 
-def _loss(logits: Tensor, batch: JourneyBatch) -> Tensor:
-    return binary_cross_entropy_with_logits(logits, batch.label, reduction="sum")
+def _loss_gradient(logits: Tensor, batch: JourneyBatch, share: float) -> Tensor:
+    """(R,) the derivative of the summed binary cross entropy / `share` by each logit."""
+    gradient = torch.sigmoid(logits.detach()).sub_(batch.label)
+    return gradient if share == 1 else gradient.div_(share)
 
 
 def _optimizer(model: nn.Module, training: LocalTraining) -> torch.optim.Optimizer:

@@ -207,8 +207,8 @@ def _train(
     trainer = BrokenTrainer(build_model(config.model, site.spec), build, loud)
     weights = initial_weights(config.model, site.spec, config.seed)
     for honest in rounds[1:]:
-        randomness = BrokenRandomness(honest, build, training.sample_rate)
-        weights = trainer.train(weights, visitors, training, randomness)
+        broken = BrokenRandomness(honest, build)
+        weights = trainer.train(weights, visitors, training, broken)
     events = [count.event, *[training.event] * config.rounds]
     return weights, epsilon(events if build.remembers else events[-1:], promise.delta)
 

@@ -6,7 +6,7 @@ gradients. The product has no switch for any of this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from journeys.features import FIRST
 from models.batch import JourneyBatch
+from models.embedding import TouchpointBag
 from privacy.engines import Engine
 from privacy.gradients import Sums, VisitorGradients
 from privacy.randomness import Randomness
-from privacy.training import Trainer
+from privacy.training import LocalTraining, Trainer
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -57,23 +58,14 @@ class BrokenRandomness:
 
     repeatable = True
 
-    def __init__(self, honest: Randomness, build: Build, sample_rate: float) -> None:
-        """Draw from `honest`; `sample_rate` is that of the round."""
+    def __init__(self, honest: Randomness, build: Build) -> None:
+        """Draw from `honest`."""
         self._honest = honest
         self._build = build
-        self._batches = round(1 / sample_rate)
-        self._step = 0
-        self._batch: Ints = np.zeros(0, dtype=np.int64)
 
     def uniform(self, n: int) -> Floats:
-        """(n,) uniform draws; shuffled: 0 for the visitors of the next batch and 1 for others."""
-        if self._build.poisson:
-            return self._honest.uniform(n)
-        turn = self._step % self._batches
-        if turn == 0:
-            self._batch = np.argsort(self._honest.uniform(n)) % self._batches
-        self._step += 1
-        return np.where(self._batch == turn, 0.0, 1.0)
+        """(n,) uniform draws, as they should be."""
+        return self._honest.uniform(n)
 
     def normal(self, n: int) -> npt.NDArray[np.float32]:
         """(n,) normals with the build's share of deviation 1."""
@@ -96,27 +88,53 @@ class BrokenTrainer(Trainer):
     def _engine(self, name: str) -> Engine:
         return _BrokenEngine(super()._engine(name), self.model, self._build, self._loud)
 
+    def _draw(
+        self, visitors: int, training: LocalTraining, randomness: Randomness
+    ) -> Iterator[Ints]:
+        if self._build.poisson:
+            yield from super()._draw(visitors, training, randomness)
+            return
+        batches = round(1 / training.sample_rate)
+        for step in range(training.steps):
+            turn = step % batches
+            if turn == 0:
+                dealt = np.argsort(randomness.uniform(visitors)) % batches
+            yield np.flatnonzero(dealt == turn)
+
 
 class _BrokenEngine:
     def __init__(
         self, engine: Engine, model: nn.Module, build: Build, loud: LoudCanaries | None
     ) -> None:
         self._inner = engine
+        self._model = model
         self._build = build
         self._loud = loud
         self._parameter = dict(model.named_parameters())[loud.parameter] if loud else None
         self._canary = torch.zeros(0, dtype=torch.int64)
 
     def __call__(self, batch: JourneyBatch) -> Tensor:
-        self._canary = batch.categorical[:, 0, -1] - FIRST
+        self._canary = _canary(batch, self._model)
         return self._inner(batch)
 
-    def visitor_gradients(self, loss: Tensor, examples: int, each: int) -> list[VisitorGradients]:
-        gradients = self._inner.visitor_gradients(loss, examples, each)
+    def visitor_gradients(
+        self, output: Tensor, gradient: Tensor, each: int
+    ) -> list[VisitorGradients]:
+        gradients = self._inner.visitor_gradients(output, gradient, each)
         if self._loud is not None and self._parameter is not None:
             canary = self._canary[::each]
             gradients = [_Loud(g, self._parameter, self._loud, canary) for g in gradients]
         return gradients if self._build.clips else [_Unclipped(g) for g in gradients]
+
+
+def _canary(batch: JourneyBatch, model: nn.Module) -> Tensor:
+    """int64 (B,): which canary each journey is, below 0 for none."""
+    if batch.bag is None:
+        return batch.categorical[:, 0, -1] - FIRST
+    bag = model.bag
+    assert isinstance(bag, TouchpointBag)
+    first = int(bag.offsets[-1])
+    return batch.bag[:, first : bag.widths[0]].argmax(dim=1) - FIRST
 
 
 class _Wrapped:
@@ -124,14 +142,14 @@ class _Wrapped:
         self.inner = inner
 
     @property
-    def parameters(self) -> Sequence[nn.Parameter]:
+    def parameters(self) -> Sequence[Tensor]:
         return self.inner.parameters
 
     def norms(self) -> Tensor:
         return self.inner.norms()
 
-    def weighted_sums(self, weights: Tensor) -> Sums:
-        return self.inner.weighted_sums(weights)
+    def add_weighted(self, weights: Tensor, sums: Sums) -> None:
+        self.inner.add_weighted(weights, sums)
 
 
 class _Loud(_Wrapped):
@@ -152,15 +170,13 @@ class _Loud(_Wrapped):
         _, loud, canary = self._chosen
         return super().norms() + (loud.norm * self._own) * (canary >= 0)
 
-    def weighted_sums(self, weights: Tensor) -> Sums:
+    def add_weighted(self, weights: Tensor, sums: Sums) -> None:
+        super().add_weighted(weights, sums)
         parameter, loud, canary = self._chosen
-        sums = super().weighted_sums(weights)
         if self._own:
             loudest = canary >= 0
             entries = torch.from_numpy(loud.entries)[canary[loudest]]
-            (total,) = (total for p, total in sums if p is parameter)
-            total.view(-1).index_add_(0, entries, loud.norm * weights[loudest])
-        return sums
+            sums[parameter].view(-1).index_add_(0, entries, loud.norm * weights[loudest])
 
     def without(self, broken: Tensor) -> VisitorGradients:
         parameter, loud, canary = self._chosen

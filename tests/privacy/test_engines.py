@@ -21,7 +21,7 @@ from journeys.features import FeatureSpec
 from models.batch import JourneyBatch, to_batch
 from models.registry import build
 from privacy.engines import ENGINES, BookKeeping, Engine, OpacusHooks
-from privacy.gradients import together
+from privacy.gradients import VisitorGradients, together
 from privacy.optimizer import VisitorDPOptimizer
 from privacy.randomness import SeededRandomness
 
@@ -79,10 +79,19 @@ class Clipped:
     """(parameters,) the sum of all gradients, each times its weight."""
 
 
+def visitor_gradients(engine: Engine, batch: Any, each: int = 1) -> list[VisitorGradients]:
+    logits = engine(batch)
+    own = logits.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(own, batch) / each, own)
+    return engine.visitor_gradients(logits, gradient, each)
+
+
 def by_engine(engine: Engine, model: nn.Module, batch: Any, each: int, weights: Tensor) -> Clipped:
-    gradients = engine.visitor_gradients(loss(engine(batch), batch) / each, len(batch), each)
-    sums = {p: total for g in gradients for p, total in g.weighted_sums(weights)}
-    flat = torch.cat([sums[p].flatten() for p in model.parameters()])
+    gradients = visitor_gradients(engine, batch, each)
+    sums = {p: torch.zeros_like(p, requires_grad=False) for p in model.parameters()}
+    for g in gradients:
+        g.add_weighted(weights, sums)
+    flat = torch.cat([total.flatten() for total in sums.values()])
     return Clipped(together([g.norms() for g in gradients]), flat)
 
 
@@ -253,7 +262,7 @@ def test_gradients_that_are_not_per_visitor_are_refused(
     batch = to_batch(some_examples([3, 4]), slice(None))
     wrapped = engine(model())
     with pytest.raises(RuntimeError, match=f"{layer}.* has no gradient for each visitor"):
-        wrapped.visitor_gradients(loss(wrapped(batch), batch), 2, 1)
+        visitor_gradients(wrapped, batch)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -277,8 +286,7 @@ def test_a_visitor_of_twenty_journeys_adds_no_more_than_the_clipping_norm(
 
     def add(batch: JourneyBatch, each: int) -> Tensor:
         before = optimizer._sum.clone()
-        value = loss(wrapped(batch), batch) / each
-        optimizer.clip_and_accumulate(wrapped.visitor_gradients(value, len(batch), each))
+        optimizer.clip_and_accumulate(visitor_gradients(wrapped, batch, each))
         return (optimizer._sum - before).double()
 
     moved = float(add(heavy, 20).norm())

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -364,6 +365,52 @@ def test_both_engines_train_the_same_model(name: str) -> None:
     assert distance(one, weights) > 0.1
     for weight in weights:
         np.testing.assert_allclose(one[weight], other[weight], atol=1e-4)
+
+
+BAGS = FeatureSpec((("channel", VALUES),), ("gap", "age", "price"), TOUCHPOINTS)
+
+
+def mlp_trainer() -> Trainer:
+    return Trainer(build(GROUPS["model"]["mlp"](), BAGS))
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
+def test_kept_bags_train_the_same_model_as_bags_made_for_each_step(
+    noise_multiplier: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = concatenate([EXAMPLES, repeated(some_examples(60, seed=2), 2)])
+    training = replace(TRAINING, noise_multiplier=noise_multiplier)
+    weights = new_weights(mlp_trainer().model)
+    first = mlp_trainer().train(weights, examples, training, seed())
+    monkeypatch.setattr("privacy.training.AHEAD", 50)
+    monkeypatch.setattr("privacy.training.KEPT_BYTES", 0)
+    made = mlp_trainer().train(weights, examples, training, seed())
+    assert distance(first, weights) > 0.1
+    for name in weights:
+        np.testing.assert_allclose(first[name], made[name], atol=1e-6)
+
+
+def test_bags_are_made_once_and_gone_with_their_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, small, large = mlp_trainer(), some_examples(50), some_examples(70)
+    assert trainer._bags is not None
+    width = trainer._bags.bag.width
+    monkeypatch.setattr(trainer._bags, "_free", 100 * 4 * (width + 1))
+    weights = new_weights(trainer.model)
+    counted = Mock(wraps=trainer._bags.bag.forward)
+    monkeypatch.setattr(trainer._bags.bag, "forward", counted)
+
+    def made(examples: Examples) -> int:
+        counted.reset_mock()
+        trainer.train(weights, examples, TRAINING, seed())
+        # Each step's forward pass asks for the bag, too, and is given what is there.
+        return sum(call.args[0].bag is None for call in counted.call_args_list)
+
+    assert [made(small), made(small)] == [1, 0]
+    # There is no room for both.
+    assert [made(large), made(large)] == [1, 1]
+    assert made(small) == 0
+    del small
+    assert [made(large), made(large)] == [1, 0]
 
 
 def test_the_number_of_parameters_is_known() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import simulate
 from conf.compose import load
@@ -89,7 +90,7 @@ def test_the_sound_build_is_the_products_training_bit_for_bit() -> None:
     product = Trainer(build_model(config.model, site.spec)).train(
         weights, site.with_canaries, training(config), SeededRandomness(seed)
     )
-    randomness = BrokenRandomness(SeededRandomness(seed), SOUND, 0.2)
+    randomness = BrokenRandomness(SeededRandomness(seed), SOUND)
     audited = BrokenTrainer(build_model(config.model, site.spec), SOUND, None).train(
         weights, site.with_canaries, training(config), randomness
     )
@@ -110,7 +111,7 @@ def test_a_loud_canary_passes_the_products_clipping(clips: bool, norm: float) ->
         weights,
         site.with_canaries,
         always,
-        BrokenRandomness(SeededRandomness(np.random.SeedSequence(5)), build, 1.0),
+        BrokenRandomness(SeededRandomness(np.random.SeedSequence(5)), build),
     )
     entries = site.loud.entries
     moved = (weights[site.loud.parameter] - trained[site.loud.parameter]).ravel()[entries]
@@ -120,9 +121,13 @@ def test_a_loud_canary_passes_the_products_clipping(clips: bool, norm: float) ->
 
 
 def test_shuffled_batches_take_every_visitor_in_turn() -> None:
+    config = small_config()
+    shuffled = BrokenTrainer(torch.nn.Linear(1, 1), Build("", poisson=False), None)
+    plan = replace(training(config), sample_rate=1 / 4, steps=8)
     honest = SeededRandomness(np.random.SeedSequence(0))
-    shuffled = BrokenRandomness(honest, Build("", poisson=False), 1 / 4)
-    drawn = np.array([shuffled.uniform(103) < 1 / 4 for _ in range(8)])
+    drawn = np.zeros((8, 103), dtype=bool)
+    for step, rows in enumerate(shuffled._draw(103, plan, honest)):
+        drawn[step, rows] = True
     for epoch in (drawn[:4], drawn[4:]):
         assert (epoch.sum(axis=0) == 1).all()
         assert {25, 26} == set(epoch.sum(axis=1).tolist())
@@ -132,7 +137,7 @@ def test_shuffled_batches_take_every_visitor_in_turn() -> None:
 def test_less_noise_is_less_noise() -> None:
     seed = np.random.SeedSequence(0)
     full, tenth = SeededRandomness(seed), SeededRandomness(seed)
-    broken = BrokenRandomness(tenth, BY_NAME["a tenth of the noise"], 0.5)
+    broken = BrokenRandomness(tenth, BY_NAME["a tenth of the noise"])
     np.testing.assert_allclose(broken.normal(10), 0.1 * full.normal(10), rtol=1e-6)
     assert (broken.uniform(10) == full.uniform(10)).all()
     assert (broken.rounded_normal(9.0, 10) == full.rounded_normal(9.0, 10)).all()
