@@ -35,6 +35,7 @@ from models.batch import JourneyBatch, to_batch
 from models.embedding import TouchpointBag
 from models.weights import get_weights, set_weights
 from privacy.accountant import PrivacyEvent
+from privacy.allocator import keep_freed_memory
 from privacy.randomness import Randomness
 from privacy.sampling import draw_steps
 
@@ -115,6 +116,7 @@ class Trainer:
         Every layer with parameters must see the batch as its first dimension, and every parameter
         must take part in every forward pass; private training checks both.
         """
+        keep_freed_memory()
         self.model = model
         self._engines: dict[str, Engine] = {}
         bag = getattr(model, "bag", None)
