@@ -347,7 +347,7 @@ def _calibrated(
 
 def _digest(plan: RoundPlan, weights: Weights | None) -> str:
     """Of all that is asked."""
-    asked = hashlib.sha256(to_text(plan).encode())
+    asked = hashlib.sha256(plan.text.encode())
     for name, value in sorted((weights or {}).items()):
         asked.update(name.encode() + b"\0" + value.tobytes())
     return asked.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+LARGE_BYTES = 2**27
+"""Of a memory-mapped array: of one above it only what is being read is in memory."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,10 @@ class Examples:
         """Number of distinct visitors, at most N."""
         return len(self) if self.visitor is None else len(np.unique(self.visitor))
 
-    def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Examples:
+    def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> Examples:
         """The examples at `rows`, copied."""
-        return Examples(**{name: array[rows] for name, array in self._arrays().items()})
+        arrays = self._arrays()
+        return Examples(**{name: _take(array, rows) for name, array in arrays.items()})
 
     def by_visitor(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Rows in the order of their visitors, and how many each visitor has (V,), 1 or more."""
@@ -71,6 +76,31 @@ class Examples:
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _take(
+    array: npt.NDArray[Any], rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice
+) -> npt.NDArray[Any]:
+    """A copy of some rows; of a large file without its memory map.
+
+    Through the map each row would bring up to 2 MB around it into this process's memory.
+    """
+    if not isinstance(array, np.memmap) or array.nbytes <= LARGE_BYTES:
+        return np.array(array[rows])
+    if isinstance(rows, slice):
+        numbers = list(range(*rows.indices(len(array))))
+    else:
+        numbers = (np.flatnonzero(rows) if rows.dtype == np.bool_ else rows).tolist()
+    result = np.empty((len(numbers), *array.shape[1:]), array.dtype)
+    into, size = memoryview(result.reshape(-1).view(np.uint8).data), array.strides[0]
+    assert array.filename is not None
+    with open(array.filename, "rb", buffering=0) as file:
+        descriptor = file.fileno()
+        for place, row in enumerate(numbers):
+            part = into[place * size : place * size + size]
+            if os.preadv(descriptor, (part,), array.offset + row * size) != size:
+                raise OSError(f"{array.filename}: shorter than it was")
+    return result
 
 
 def concatenate(parts: list[Examples]) -> Examples:

@@ -54,11 +54,11 @@ class JourneyBatch:
 
 def to_batch(examples: Examples, rows: npt.NDArray[np.int64] | slice) -> JourneyBatch:
     """The examples at `rows` as tensors, cut to the longest journey among them."""
-    length = np.asarray(examples.length[rows])
-    longest = int(length.max(initial=1))
+    part = examples.take(rows)
+    longest = int(part.length.max(initial=1))
     return JourneyBatch(
-        categorical=torch.from_numpy(examples.categorical[rows][:, :longest].astype(np.int64)),
-        numeric=torch.from_numpy(np.array(examples.numeric[rows][:, :longest])),
-        length=torch.from_numpy(length.astype(np.int64)),
-        label=torch.from_numpy(np.array(examples.label[rows])),
+        categorical=torch.from_numpy(part.categorical[:, :longest].astype(np.int64)),
+        numeric=torch.from_numpy(np.ascontiguousarray(part.numeric[:, :longest])),
+        length=torch.from_numpy(part.length.astype(np.int64)),
+        label=torch.from_numpy(part.label),
     )

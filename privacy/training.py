@@ -294,16 +294,22 @@ class _Visitors:
     """A site's examples, visitor by visitor."""
 
     def __init__(self, examples: Examples) -> None:
-        self._rows, self._count = examples.by_visitor()
-        self.number = len(self._count)
-        self._start = np.cumsum(self._count) - self._count
-        self._most = int(self._count.max(initial=1))
+        self.number = len(examples)
+        self._one_each = examples.visitor is None
+        if not self._one_each:
+            self._rows, self._count = examples.by_visitor()
+            self._start = np.cumsum(self._count) - self._count
+            self.number = len(self._count)
 
     def parts(self, drawn: npt.NDArray[np.int64], microbatch: int) -> Iterator[_Part]:
         """Those who were drawn, in parts that fit in memory and have equally many examples each."""
+        if self._one_each:
+            for start in range(0, len(drawn), microbatch):
+                yield drawn[start : start + microbatch], 1
+            return
         count = self._count[drawn]
-        for each in [1] * min(1, len(drawn)) if self._most == 1 else np.unique(count).tolist():
-            alike = drawn[count == each] if self._most > 1 else drawn
+        for each in np.unique(count).tolist():
+            alike = drawn[count == each]
             size = max(1, microbatch // each)
             for start in range(0, len(alike), size):
                 first = self._start[alike[start : start + size]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import safetensors.numpy
@@ -44,15 +45,21 @@ class Request:
 
 def request_parts(request: Request) -> Parts:
     """A request, to be sent."""
-    texts = {ask: to_text(plan) for ask, plan in request.plans.items()}
+    texts = {ask: plan.text for ask, plan in request.plans.items()}
     return Parts(texts, weights_to_bytes(request.weights) if request.weights else None)
 
 
 def read_request(parts: Parts) -> Request:
     """The request that `request_parts` wrote. Raises `WireError`."""
     _check_asks(parts, ASKS)
-    plans = {ask: from_text(RoundPlan, text) for ask, text in parts.texts.items()}
+    plans = {ask: _read_plan(text) for ask, text in parts.texts.items()}
     return Request(plans, read_weights(parts.weights))
+
+
+@lru_cache(maxsize=4)
+def _read_plan(text: str) -> RoundPlan:
+    """Read once for all the sites of a process: a round asks each the same."""
+    return from_text(RoundPlan, text)
 
 
 def reply_parts(replies: Mapping[str, Reply]) -> Parts:

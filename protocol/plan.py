@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from conf.schema import JourneyConfig, ModelConfig, OptimizerConfig, PrivacyConfig
+from protocol.wire import to_text
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,8 @@ class RoundPlan:
     """How examples are cut from journeys."""
     proximal_mu: float = 0.0
     """Weight of the pull towards the round's model (FedProx)."""
+
+    @cached_property
+    def text(self) -> str:
+        """As it travels, and as a site's ledger knows it again: JSON."""
+        return to_text(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, closing, nullcontext
 
 from flwr.app import Context
@@ -11,11 +12,16 @@ from client.app import client_app, simulated_site
 from client.site import Site
 from simulation.fleet import PARTITION, Fleet
 
+_FILES_OF_A_SITE = 16
+"""Its ledger's, and its encoded journeys while they are opened."""
+_FILES_OF_ALL_ELSE = 512
+
 
 class KeptSites:
     """Sites that this process alone runs: each is opened once, and stays open until `close`."""
 
     def __init__(self, fleet: Fleet) -> None:
+        _allow_files(_FILES_OF_A_SITE * len(fleet.names))
         self._fleet = fleet
         self._sites: dict[int, Site] = {}
 
@@ -33,6 +39,20 @@ class KeptSites:
         if index not in self._sites:
             self._sites[index] = _open_site(self._fleet, index)
         return nullcontext(self._sites[index])
+
+
+def _allow_files(number: int) -> None:
+    """Let this process have so many more files open, as far as the system lets it."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _FILES_OF_ALL_ELSE + number
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def shared_sites(fleet: Fleet) -> ClientApp:

@@ -49,6 +49,41 @@ def test_what_is_opened_is_what_was_saved(tmp_path: Path, visitor: list[int] | N
         np.testing.assert_array_equal(opened.visitor, np.array(visitor))
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.array([4, 0, 0, 2]),
+        np.array([], dtype=np.int64),
+        np.array([True, False, False, True, True]),
+        slice(1, 4),
+        slice(3, 99),
+        slice(None),
+    ],
+)
+def test_of_large_files_the_same_is_read_without_their_map(
+    rows: np.ndarray | slice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    whole = Examples(
+        categorical=rng.integers(0, 999, (5, 2, 3)).astype(np.uint16),
+        numeric=rng.random((5, 2, 2), dtype=np.float32),
+        length=np.arange(5, dtype=np.int32),
+        label=rng.random(5, dtype=np.float32),
+        visitor=np.array([7, -1, 7, 7, 3]),
+    )
+    whole.save(tmp_path)
+    opened = Examples.open(tmp_path)
+    monkeypatch.setattr("journeys.examples.LARGE_BYTES", 0)
+    taken, expected = opened.take(rows), whole.take(rows)
+    for name in ("categorical", "numeric", "length", "label", "visitor"):
+        np.testing.assert_array_equal(getattr(taken, name), getattr(expected, name))
+        assert getattr(taken, name).dtype == getattr(expected, name).dtype
+    with (tmp_path / "numeric.npy").open("r+b") as file:
+        file.truncate(200)
+    with pytest.raises(OSError, match=r"numeric\.npy: shorter than it was"):
+        opened.take(np.array([4]))
+
+
 def test_visitors_of_different_parts_are_different() -> None:
     parts = [examples([7, -1, 7, 7, 3]), examples(None), examples([3, 3, 3, 3, 3])]
     together = concatenate(parts)
