@@ -19,10 +19,8 @@ from flwr.clientapp import ClientApp
 
 from client.policy import PlanRefused, SitePolicy
 from client.site import Site
-from conf.compose import load
 from conf.schema import Config
 from journeys.site import SiteJourneys
-from journeys.sites import load_sites
 from privacy.ledger import Ledger
 from protocol.exchange import read_request, reply_parts
 from protocol.records import from_records, to_records
@@ -66,6 +64,10 @@ def _site_of_run(context: Context) -> AbstractContextManager[Site]:
 
 @lru_cache(maxsize=1)
 def _simulated_sites(overrides: str) -> tuple[Config, list[SiteJourneys]]:
+    # A worker of a simulation gets its journeys encoded: it needs neither Hydra nor polars.
+    from conf.compose import load
+    from journeys.sites import load_sites
+
     config = load(shlex.split(overrides))
     return config, load_sites(config.data, config.seed)
 

@@ -6,24 +6,23 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import safetensors.numpy
 from safetensors import SafetensorError
 from torch import nn
 
 from conf.schema import GROUPS, FeatureConfig, ModelConfig, NumericColumn, TableData
-from journeys.decisions import decide
-from journeys.encode import encode
 from journeys.examples import Examples
 from journeys.features import feature_spec
-from journeys.table import read_touchpoints
 from models.registry import build
 from models.score import logits
 from models.weights import set_weights
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 class SavedModelError(ValueError):
@@ -51,6 +50,13 @@ class SavedModel:
         Raises:
             JourneyDataError: The table cannot be used.
         """
+        # Training needs none of it, and polars is 28 MB.
+        import polars as pl
+
+        from journeys.decisions import decide
+        from journeys.encode import encode
+        from journeys.table import read_touchpoints
+
         table = replace(table, features=self.features, contributions=1)
         touchpoints = read_touchpoints(table)
         decisions = decide(touchpoints, table)

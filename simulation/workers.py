@@ -95,7 +95,7 @@ class ProcessWorker:
         # Not fork: a fork of a process with threads (polars, torch) may hang. The fork server loads
         # what sites need once, has no threads, and starts a worker at once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["simulation.fleet_app", "privacy.engines", "torch._dynamo"])
+        context.set_forkserver_preload(["simulation.preload"])
         self._connection, theirs = context.Pipe()
         process = context.Process(
             target=_run_worker, args=(theirs, self._fleet, self._faults), daemon=True
