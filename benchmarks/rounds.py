@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
     from journeys.examples import Examples
+    from journeys.features import FeatureSpec
     from models.batch import JourneyBatch
     from protocol.replies import Weights
     from simulation.fleet import Fleet
@@ -60,29 +61,34 @@ def settings(model: str, rounds: int) -> Config:
     )
 
 
-def store(folder: Path, sites: int, visitors: int) -> None:
-    """Random journeys, as a fleet."""
+def draw(journeys: int, spec: FeatureSpec, seed: int = 0) -> Examples:
+    """Random journeys of 1 to `TOUCHPOINTS` touchpoints."""
     import numpy as np
 
     from journeys.examples import Examples
+
+    rng = np.random.default_rng(seed)
+    length = rng.integers(1, TOUCHPOINTS + 1, journeys).astype(np.int32)
+    real = (np.arange(TOUCHPOINTS) < length[:, None])[:, :, None]
+    values = [rng.integers(1, size, (journeys, TOUCHPOINTS)) for _, size in spec.categorical]
+    numeric = rng.random((journeys, TOUCHPOINTS, len(spec.numeric)), dtype=np.float32)
+    label = (rng.random(journeys) < 0.1).astype(np.float32)
+    categorical = (np.stack(values, axis=2) * real).astype(np.uint16)
+    return Examples(categorical, (numeric * real).astype(np.float32), length, label)
+
+
+def store(folder: Path, sites: int, visitors: int) -> None:
+    """Random journeys, as a fleet."""
     from journeys.features import feature_spec
     from journeys.site import SiteJourneys
     from simulation.fleet import Fleet
 
     spec = feature_spec(settings("mlp", 1).data.features)
-    rng = np.random.default_rng(0)
-
-    def draw(n: int) -> Examples:
-        length = rng.integers(1, TOUCHPOINTS + 1, n).astype(np.int32)
-        real = (np.arange(TOUCHPOINTS) < length[:, None])[:, :, None]
-        values = [rng.integers(1, size, (n, TOUCHPOINTS)) for _, size in spec.categorical]
-        numeric = rng.random((n, TOUCHPOINTS, len(spec.numeric)), dtype=np.float32)
-        label = (rng.random(n) < 0.1).astype(np.float32)
-        categorical = (np.stack(values, axis=2) * real).astype(np.uint16)
-        return Examples(categorical, (numeric * real).astype(np.float32), length, label)
-
     # Two visitors held out: evaluation takes no time.
-    drawn = [SiteJourneys(f"site {i}", draw(visitors), draw(2)) for i in range(sites)]
+    drawn = [
+        SiteJourneys(f"site {i}", draw(visitors, spec, 2 * i), draw(2, spec, 2 * i + 1))
+        for i in range(sites)
+    ]
     Fleet.store(drawn, 0, folder, folder / "ledgers")
 
 
