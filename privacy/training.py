@@ -275,8 +275,9 @@ class _KeptBags:
         if key not in self._kept:
             if size > self._free:
                 return None
+            whole = self._whole(examples)
             self._free -= size
-            self._kept[key] = ref(examples, lambda _: self._drop(key, size)), self._whole(examples)
+            self._kept[key] = ref(examples, lambda _: self._drop(key, size)), whole
         return self._kept[key][1]
 
     def _whole(self, examples: Examples) -> _Bags:

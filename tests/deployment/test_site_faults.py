@@ -124,7 +124,7 @@ def test_a_process_that_hangs_is_waited_for_no_longer_than_joining(
     pid = federation.kill(HIT, process, signal.SIGSTOP)
     try:
         with federation.running_run(
-            *SMALL, "strategy.quorum=0.6", "strategy.join_timeout_s=5"
+            *SMALL, "strategy.quorum=0.6", "strategy.join_timeout_s=10"
         ) as run:
             run.end()
     finally:
