@@ -20,6 +20,8 @@ check: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	# One by one: a script has the name of a package.
+	for script in benchmarks/*.py; do MYPYPATH=benchmarks $(BIN)/mypy $$script || exit 1; done
 	$(BIN)/lint-imports
 
 .venv/installed: pyproject.toml

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # Before this folder, in which a file has the name of a package.
 sys.path.insert(0, str(ROOT))
 
-from rounds import WORKLOADS, open_fleet, settings, store  # noqa: E402
+from rounds import WORKLOADS, open_fleet, our_round, settings, store  # noqa: E402
 
 MODELS = ("logistic", "mlp", "gru", "attention")
 ELSE = "all else (Flower's objects, Python between the parts)"
@@ -109,18 +109,8 @@ def watch_all(clock: Clock) -> None:
 
 def measure(model: str, workload: str, repeats: int) -> tuple[float, dict[str, float]]:
     """Median seconds of a round, and of each part of it."""
-    import logging
-    from dataclasses import replace
-
-    from protocol.exchange import Request
-    from protocol.replies import SiteUpdate
-    from server.federation import Federation
-    from server.rounds import first_plan, initial_weights
-    from server.screening import screen_updates
-    from server.strategy import Aggregator
     from simulation.local_grid import LocalGrid
 
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     clock = Clock()
     watch_all(clock)
     sites, visitors = WORKLOADS[workload]
@@ -131,20 +121,12 @@ def measure(model: str, workload: str, repeats: int) -> tuple[float, dict[str, f
         store(Path(folder), sites, visitors)
         fleet = open_fleet(Path(folder), Path(folder) / "ledgers", sites, visitors)
         with LocalGrid(fleet, 0) as grid:
-            federation, aggregator = Federation(grid), Aggregator(config.strategy)
-            state, plan = initial_weights(config), first_plan(config, "benchmark")
-            federation.join(plan, sites, sites, 300.0)
-            counts = {name: told.visitors for name, told in federation.descriptions.items()}
+            one_round = our_round(grid, config, sites)
             for round_ in range(1, repeats + 2):
                 clock.seconds.clear()
                 started = time.perf_counter()
                 with clock.part(ELSE):
-                    request = Request({"train": replace(plan, round=round_)}, state)
-                    answers = federation.ask(request, 600.0)["train"]
-                    told = [answer for answer in answers if isinstance(answer, SiteUpdate)]
-                    assert len(told) == sites
-                    sound, _ = screen_updates(told, state, 1e6)
-                    state = aggregator.combine(round_, state, sound, counts)
+                    one_round(round_)
                 if round_ > 1:
                     seconds.append(time.perf_counter() - started)
                     for name, spent in clock.seconds.items():

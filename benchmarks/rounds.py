@@ -198,8 +198,8 @@ def opacus(fleet: Fleet, config: Config) -> None:
     serve(one_round)
 
 
-def federated(fleet: Fleet, config: Config, workers: int, ray: bool) -> None:
-    """Our runtime: all of Flower's objects, privacy accounts and checks included."""
+def our_round(grid: Grid, config: Config, sites: int) -> Round:
+    """A round of ours with all sites, which join before: privacy accounts and checks included."""
     import logging
 
     from protocol.exchange import Request
@@ -210,25 +210,29 @@ def federated(fleet: Fleet, config: Config, workers: int, ray: bool) -> None:
     from server.strategy import Aggregator
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    federation, aggregator = Federation(grid), Aggregator(config.strategy)
+    state = initial_weights(config)
+    plan = first_plan(config, "benchmark")
+    federation.join(plan, sites, sites, 600.0)
+    counts = {name: told.visitors for name, told in federation.descriptions.items()}
+
+    def one_round(round_: int) -> None:
+        request = Request({"train": replace(plan, round=round_)}, state)
+        answers = federation.ask(request, 3600.0)["train"]
+        told = [a for a in answers if isinstance(a, SiteUpdate | SiteFailure)]
+        assert len(told) == len(answers), answers
+        sound, failed = screen_updates(told, state, 1e6)
+        assert not failed, failed
+        state.update(aggregator.combine(round_, state, sound, counts))
+
+    return one_round
+
+
+def federated(fleet: Fleet, config: Config, workers: int, ray: bool) -> None:
+    """Our runtime, with all of Flower's objects."""
 
     def coordinate(grid: Grid) -> None:
-        federation, aggregator = Federation(grid), Aggregator(config.strategy)
-        state = initial_weights(config)
-        plan = first_plan(config, "benchmark")
-        sites = len(fleet.names)
-        federation.join(plan, sites, sites, 300.0)
-        counts = {name: told.visitors for name, told in federation.descriptions.items()}
-
-        def one_round(round_: int) -> None:
-            request = Request({"train": replace(plan, round=round_)}, state)
-            answers = federation.ask(request, 600.0)["train"]
-            told = [a for a in answers if isinstance(a, SiteUpdate | SiteFailure)]
-            assert len(told) == len(answers), answers
-            sound, failed = screen_updates(told, state, 1e6)
-            assert not failed, failed
-            state.update(aggregator.combine(round_, state, sound, counts))
-
-        serve(one_round)
+        serve(our_round(grid, config, len(fleet.names)))
 
     if ray:
         from simulation.ray_runtime import run_on_ray

@@ -22,7 +22,17 @@ ROOT = Path(__file__).parents[1]
 # Before this folder, in which a file has the name of a package.
 sys.path.insert(0, str(ROOT))
 
-from rounds import BATCH, CLIP, NOISE, TOUCHPOINTS, draw, open_fleet, settings, store  # noqa: E402
+from rounds import (  # noqa: E402
+    BATCH,
+    CLIP,
+    NOISE,
+    TOUCHPOINTS,
+    draw,
+    open_fleet,
+    our_round,
+    settings,
+    store,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,18 +93,9 @@ def large(model: str, touchpoints: int, repeats: int) -> None:
 
 def many(model: str, sites: int, journeys: int, repeats: int) -> None:
     """Rounds of so many sites, through Flower's objects, in this process."""
-    import logging
-    from dataclasses import replace
-
     import privacy.training
-    from protocol.exchange import Request
-    from protocol.replies import SiteUpdate
-    from server.federation import Federation
-    from server.rounds import first_plan, initial_weights
-    from server.strategy import Aggregator
     from simulation.local_grid import LocalGrid
 
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     spent = 0.0
     train = privacy.training.Trainer.train
 
@@ -106,24 +107,17 @@ def many(model: str, sites: int, journeys: int, repeats: int) -> None:
         finally:
             spent += time.perf_counter() - started
 
-    privacy.training.Trainer.train = timed  # type: ignore[method-assign]
+    privacy.training.Trainer.train = timed  # type: ignore[assignment,method-assign]
     config = settings(model, repeats + 1)
     seconds, beyond, memory = [], [], []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         store(Path(name), sites, journeys)
         fleet = open_fleet(Path(name), Path(name) / "ledgers", sites, journeys)
         with LocalGrid(fleet, 0) as grid:
-            federation, aggregator = Federation(grid), Aggregator(config.strategy)
-            state, plan = initial_weights(config), first_plan(config, "benchmark")
-            federation.join(plan, sites, sites, 600.0)
-            counts = {site: told.visitors for site, told in federation.descriptions.items()}
+            one_round = our_round(grid, config, sites)
             for round_ in range(1, repeats + 2):
                 spent, started = 0.0, time.perf_counter()
-                request = Request({"train": replace(plan, round=round_)}, state)
-                answers = federation.ask(request, 3600.0)["train"]
-                told = [answer for answer in answers if isinstance(answer, SiteUpdate)]
-                assert len(told) == sites
-                state = aggregator.combine(round_, state, told, counts)
+                one_round(round_)
                 if round_ > 1:
                     seconds.append(time.perf_counter() - started)
                     beyond.append(1000 * (seconds[-1] - spent) / sites)
