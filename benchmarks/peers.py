@@ -78,6 +78,7 @@ from rounds import (  # noqa: E402
     open_fleet,
     plain,
     settings,
+    train_by_opacus,
     turns,
     whole,
 )
@@ -188,30 +189,15 @@ def flower(journeys: Path, sites: int, config: Config) -> None:
     @client.train()
     def train(message: Message, context: Context) -> Message:
         import torch
-        from opacus import PrivacyEngine
-        from torch.nn.functional import binary_cross_entropy_with_logits
-        from torch.utils.data import DataLoader, TensorDataset
 
         from models.batch import JourneyBatch
 
-        warnings.simplefilter("ignore")
         torch.set_num_threads(1)
-        data = TensorDataset(*tensors(journeys, int(context.node_config["partition-id"])))
+        data = JourneyBatch(*tensors(journeys, int(context.node_config["partition-id"])))
         model = build(config.model, spec)
         model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
-        engine = PrivacyEngine(secure_mode=False)
-        private, optimizer, loader = engine.make_private(
-            module=model,
-            optimizer=torch.optim.SGD(model.parameters(), RATE),
-            data_loader=DataLoader(data, batch_size=BATCH, shuffle=True),
-            noise_multiplier=NOISE,
-            max_grad_norm=CLIP,
-        )
-        for batch in itertools.starmap(JourneyBatch, loader):
-            optimizer.zero_grad()
-            torch.autograd.backward(binary_cross_entropy_with_logits(private(batch), batch.label))
-            optimizer.step()
-        told = MetricRecord({"num-examples": len(data), "epsilon": engine.get_epsilon(DELTA)})
+        epsilon = train_by_opacus(model, data)
+        told = MetricRecord({"num-examples": len(data), "epsilon": epsilon})
         arrays = ArrayRecord(model.state_dict())
         return Message(RecordDict({"arrays": arrays, "metrics": told}), reply_to=message)
 

@@ -7,6 +7,7 @@ which runs a round for each line that it is told, so that engines take turns.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -148,8 +149,8 @@ def plain(fleet: Fleet, config: Config, model: nn.Module | None = None, bags: bo
     serve(one_round)
 
 
-def opacus(fleet: Fleet, config: Config) -> None:
-    """A new privacy engine for each site and round, as in Flower's own example."""
+def train_by_opacus(model: nn.Module, data: JourneyBatch) -> float:
+    """An epoch of one site by Opacus' common pattern, with a new privacy engine; its epsilon."""
     import warnings
 
     import torch
@@ -157,41 +158,43 @@ def opacus(fleet: Fleet, config: Config) -> None:
     from torch.nn.functional import binary_cross_entropy_with_logits
     from torch.utils.data import DataLoader, TensorDataset
 
-    from journeys.features import feature_spec
     from models.batch import JourneyBatch
+
+    warnings.simplefilter("ignore")
+    tensors = TensorDataset(data.categorical, data.numeric, data.length, data.label)
+    engine = PrivacyEngine(secure_mode=False)
+    private, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), RATE),
+        data_loader=DataLoader(tensors, batch_size=BATCH, shuffle=True),
+        noise_multiplier=NOISE,
+        max_grad_norm=CLIP,
+    )
+    for batch in itertools.starmap(JourneyBatch, loader):
+        optimizer.zero_grad()
+        torch.autograd.backward(binary_cross_entropy_with_logits(private(batch), batch.label))
+        optimizer.step()
+    epsilon: float = engine.get_epsilon(DELTA)
+    return epsilon
+
+
+def opacus(fleet: Fleet, config: Config) -> None:
+    """A new privacy engine for each site and round, as in Flower's own example."""
+    from journeys.features import feature_spec
     from models.registry import build
     from models.weights import get_weights, set_weights
     from server.rounds import initial_weights
 
-    warnings.simplefilter("ignore")
-    sets = []
-    for index in range(len(fleet.names)):
-        data = whole(fleet.open_journeys(index).train)
-        sets.append(TensorDataset(data.categorical, data.numeric, data.length, data.label))
+    sites = [whole(fleet.open_journeys(i).train) for i in range(len(fleet.names))]
     spec = feature_spec(config.data.features)
     state = initial_weights(config)
 
     def one_round(_: int) -> None:
         trained = []
-        for data in sets:
+        for data in sites:
             model = build(config.model, spec)
             set_weights(model, state)
-            engine = PrivacyEngine(secure_mode=False)
-            private, optimizer, loader = engine.make_private(
-                module=model,
-                optimizer=torch.optim.SGD(model.parameters(), RATE),
-                data_loader=DataLoader(data, batch_size=BATCH, shuffle=True),
-                noise_multiplier=NOISE,
-                max_grad_norm=CLIP,
-            )
-            for tensors in loader:
-                optimizer.zero_grad()
-                batch = JourneyBatch(*tensors)
-                torch.autograd.backward(
-                    binary_cross_entropy_with_logits(private(batch), batch.label)
-                )
-                optimizer.step()
-            engine.get_epsilon(DELTA)
+            train_by_opacus(model, data)
             trained.append(get_weights(model))
         state.update(mean(trained))
 

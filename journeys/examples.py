@@ -86,7 +86,9 @@ def _take(
     Through the map each row would bring up to 2 MB around it into this process's memory.
     """
     if not isinstance(array, np.memmap) or array.nbytes <= LARGE_BYTES:
-        return np.array(array[rows])
+        some = array[rows]
+        # An index of numbers has copied them already.
+        return np.array(some) if isinstance(rows, slice) else np.asarray(some)
     if isinstance(rows, slice):
         numbers = list(range(*rows.indices(len(array))))
     else:

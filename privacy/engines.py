@@ -73,7 +73,8 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
 
     def forward(self, batch: Any) -> Tensor:
         """What the model gives for `batch`."""
-        self._pass.begin()
+        self._pass.clear()
+        self._pass.keeping = True
         try:
             result: Tensor = self._module(batch)
         finally:
@@ -89,7 +90,7 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
         for (layer, entered), of_output in zip(self._pass.inputs, gradients, strict=True):
             if of_output is not None:
                 uses[layer].append((entered, of_output))
-        self._pass.inputs, self._pass.outputs = [], []
+        self._pass.clear()
         examples = output.shape[0]
         for layer, used in uses.items():
             if not used or any(x.shape[0] != examples for use in used for x in use):
@@ -112,11 +113,11 @@ class _Pass:
 
     def __init__(self) -> None:
         self.keeping = False
+        self.clear()
+
+    def clear(self) -> None:
         self.inputs: list[tuple[nn.Module, Tensor]] = []
         self.outputs: list[GradientEdge] = []
-
-    def begin(self) -> None:
-        self.inputs, self.outputs, self.keeping = [], [], True
 
 
 class OpacusHooks(GradSampleModule):  # type: ignore[misc]

@@ -174,12 +174,7 @@ def visitor_gradients(uses: Mapping[nn.Module, Sequence[Use]], each: int) -> lis
     found: list[VisitorGradients] = []
     once: list[tuple[nn.Linear, Tensor, Tensor]] = []
     for layer, used in uses.items():
-        if (
-            each == 1
-            and len(used) == 1
-            and isinstance(layer, nn.Linear)
-            and _is_once(layer, used[0])
-        ):
+        if isinstance(layer, nn.Linear) and _is_once(layer, used, each):
             once.append((layer, *used[0]))
         else:
             found.append(GRADIENTS[type(layer)](layer, used, each))
@@ -239,9 +234,11 @@ def _positions(uses: list[Tensor], each: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _is_once(layer: nn.Linear, use: Use) -> bool:
-    """Whether each example has one position and the layer a bias."""
-    return layer.bias is not None and use[0].dim() == use[1].dim() == 2
+def _is_once(layer: nn.Linear, uses: Sequence[Use], each: int) -> bool:
+    """Whether each visitor has one example with one position, and the layer a bias."""
+    if each > 1 or len(uses) > 1 or layer.bias is None:
+        return False
+    return all(x.dim() == 2 for x in uses[0])
 
 
 def _summed(use: Use) -> bool:

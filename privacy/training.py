@@ -47,8 +47,6 @@ AHEAD = 4096
 """Examples that are read at once, for several steps."""
 KEPT_BYTES = 2**26
 """Of examples as a model reads them, from one round to the next; see `_KeptBags`."""
-KEPT_BYTES = 2**26
-"""Of sites' examples as a model reads them, kept from one round to the next."""
 
 Weights = dict[str, npt.NDArray[np.float32]]
 """A model's parameters by name."""

@@ -52,7 +52,8 @@ class Federation:
         self._grid = grid
         self._admitted = admitted
         self._nodes: dict[int, SiteDescription] = {}
-        self._asked: dict[int, str] = {}
+        self._asked: dict[str, int] = {}
+        """Who has been asked who they are and has not answered: the node, by message."""
         self._failures: dict[int, SiteFailure] = {}
 
     @property
@@ -86,7 +87,7 @@ class Federation:
             if time.monotonic() > (max(deadline, heard + 1.0) if self._asked else deadline):
                 break
             time.sleep(_pause(time.monotonic() - heard))
-        for node in self._asked:
+        for node in self._asked.values():
             name = self._name(node)
             self._failures[node] = SiteFailure(name, "missing", f"no reply in {timeout:.0f} s")
         for node, name in (self._admitted or {}).items():
@@ -163,22 +164,22 @@ class Federation:
 
     def _ask_who(self, plan: RoundPlan, timeout: float, but: Collection[int]) -> bool:
         """Ask those who have not joined who they are, without waiting; whether there was anyone."""
-        known = self._nodes.keys() | self._asked.keys() | set(but)
+        known = {*self._nodes, *self._asked.values(), *but}
         strangers = sorted(self._present() - known)
         if strangers:
             messages = self._messages(_who(plan), MessageType.QUERY, strangers, timeout)
             ids = self._grid.push_messages(messages)
-            self._asked |= dict(zip(strangers, ids, strict=True))
+            self._asked |= zip(ids, strangers, strict=True)
         return bool(strangers)
 
     def _hear_who(self, plan: RoundPlan) -> bool:
         """Take in who has joined since; whether anybody answered."""
-        asked = {message: node for node, message in self._asked.items()}
-        replies = self._grid.pull_messages(asked) if asked else ()
-        for message in replies:
-            node = _sender(message, asked)
-            if node is None or self._asked.pop(node, None) is None:
+        waiting = list(self._asked)
+        for message in self._grid.pull_messages(waiting) if waiting else ():
+            node = _sender(message, self._asked)
+            if node is None:
                 continue
+            del self._asked[message.metadata.reply_to_message_id]
             if _is_offline(message):
                 # Asked anew once it is back.
                 continue
@@ -188,7 +189,7 @@ class Federation:
                 self._welcome(node, answer)
             elif isinstance(answer, SiteFailure):
                 self._failures[node] = answer
-        return len(self._asked) < len(asked)
+        return len(self._asked) < len(waiting)
 
     def _welcome(self, node: int, description: SiteDescription) -> None:
         if description.site in self.descriptions:

@@ -13,16 +13,16 @@ def privacy_statement(config: Config, epsilon: float | None) -> list[str]:
     `epsilon` is the largest privacy loss of a visitor over the sites, None where unprotected or
     where no update came.
     """
-    if isinstance(config.privacy, VisitorDP) and epsilon is None:
-        return [
-            "No site's update came: this is the model that the run began with, and it says nothing "
-            "about any visitor."
-        ]
-    if not isinstance(config.privacy, VisitorDP) or epsilon is None:
+    if not isinstance(config.privacy, VisitorDP):
         return [
             "Nothing protects the visitors in this run: the model may reveal who was in the "
             "training data and what they did.",
             "Use it only on data that everyone who sees the model may see.",
+        ]
+    if epsilon is None:
+        return [
+            "No site's update came: this is the model that the run began with, and it says nothing "
+            "about any visitor."
         ]
     promise = config.privacy
     return [

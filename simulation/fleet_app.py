@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import resource
 from contextlib import AbstractContextManager, closing, nullcontext
 
 from flwr.app import Context
@@ -43,10 +43,6 @@ class KeptSites:
 
 def _allow_files(number: int) -> None:
     """Let this process have so many more files open, as far as the system lets it."""
-    if sys.platform == "win32":
-        return
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _FILES_OF_ALL_ELSE + number
     if hard != resource.RLIM_INFINITY:
