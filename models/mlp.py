@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Sequence
+
+from torch import nn
 
 from conf.schema import MlpConfig
 from journeys.features import FeatureSpec
-from models.batch import JourneyBatch
-from models.embedding import TouchpointBag, output_layer
+from models.embedding import output_layer
+from models.feed_forward import FeedForward
 
 
-class Mlp(nn.Module):
+class Mlp(FeedForward):
     """Blind to order, but not to combinations.
 
     The mean of embeddings is a linear layer on the bag of touchpoints: the same function as an
@@ -19,14 +20,14 @@ class Mlp(nn.Module):
     """
 
     def __init__(self, config: MlpConfig, spec: FeatureSpec) -> None:
-        super().__init__()
-        self.bag = TouchpointBag(spec)
+        super().__init__(spec)
         self.embedding = nn.Linear(self.bag.width, config.embedding)
+        self.tanh = nn.Tanh()
         self.hidden = nn.Linear(config.embedding, config.hidden)
+        self.relu = nn.ReLU()
         self.output = output_layer(config.hidden, config.base_rate)
 
-    def forward(self, batch: JourneyBatch) -> Tensor:
-        """Logits, float32 (B,)."""
-        pooled = torch.tanh(self.embedding(self.bag(batch)))
-        logits: Tensor = self.output(torch.relu(self.hidden(pooled)))
-        return logits.squeeze(1)
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """Embedding, hidden layer, output."""
+        return self.embedding, self.tanh, self.hidden, self.relu, self.output

@@ -15,6 +15,8 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from models.feed_forward import FeedForward
+from privacy.chain import Chain
 from privacy.gradients import GRADIENTS, Kept, Use, VisitorGradients, visitor_gradients
 
 ADVICE = "use layers of privacy.gradients.GRADIENTS, or set privacy.clipping_engine=opacus"
@@ -51,7 +53,8 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
     """Keeps what goes into each layer, and asks autograd for no gradient but of what comes out.
 
     Of the two `privacy.gradients` makes each visitor's: autograd computes no parameter's gradient,
-    and of large layers nobody computes a visitor's.
+    and of large layers nobody computes a visitor's. Where layers come one after the other
+    (`privacy.chain`), there is no need of autograd.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,11 +71,15 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
             raise TypeError(f"two layers share a parameter: {ADVICE}")
         super().__init__(model, loss_reduction="sum")
         self._layers = {layer: name for layer, name in layers.items() if _has_parameters(layer)}
-        self._hooks = [layer.register_forward_hook(self._keep) for layer in self._layers]
+        self._chain = _chain(model)
+        hooked = self._layers if self._chain is None else ()
+        self._hooks = [layer.register_forward_hook(self._keep) for layer in hooked]
         self._pass = _Pass()
 
     def forward(self, batch: Any) -> Tensor:
         """What the model gives for `batch`."""
+        if self._chain is not None:
+            return self._chain.forward(self._module.bag(batch)).squeeze(1)
         self._pass.clear()
         self._pass.keeping = True
         try:
@@ -85,17 +92,24 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
         self, output: Tensor, gradient: Tensor, each: int
     ) -> list[VisitorGradients]:
         """Of all parameters, layer by layer; see `Engine`."""
+        if self._chain is not None:
+            uses = self._chain.uses(gradient.unsqueeze(1))
+        else:
+            uses = self._uses_by_autograd(output, gradient)
+        examples = output.shape[0]
+        for layer, used in uses.items():
+            if not used or any(x.shape[0] != examples for use in used for x in use):
+                raise RuntimeError(NOT_PER_VISITOR.format(self._layers[layer]))
+        return visitor_gradients(uses, each)
+
+    def _uses_by_autograd(self, output: Tensor, gradient: Tensor) -> dict[nn.Module, list[Use]]:
         gradients = torch.autograd.grad(output, self._pass.outputs, gradient, allow_unused=True)
         uses: dict[nn.Module, list[Use]] = {layer: [] for layer in self._layers}
         for (layer, entered), of_output in zip(self._pass.inputs, gradients, strict=True):
             if of_output is not None:
                 uses[layer].append((entered, of_output))
         self._pass.clear()
-        examples = output.shape[0]
-        for layer, used in uses.items():
-            if not used or any(x.shape[0] != examples for use in used for x in use):
-                raise RuntimeError(NOT_PER_VISITOR.format(self._layers[layer]))
-        return visitor_gradients(uses, each)
+        return uses
 
     def remove_hooks(self) -> None:
         """Detach from the layers."""
@@ -173,6 +187,14 @@ def _check_layer(layer: nn.Module, name: str) -> None:
         layer.padding_idx is not None or layer.max_norm is not None or layer.scale_grad_by_freq
     ):
         raise TypeError(f"{name} ({kind}) does more than look up: {ADVICE}")
+
+
+def _chain(model: nn.Module) -> Chain | None:
+    """The model's layers, if they are all there is to it."""
+    if not isinstance(model, FeedForward) or type(model).forward is not FeedForward.forward:
+        return None
+    own = {p for layer in model.layers for p in layer.parameters()}
+    return Chain.of(model.layers) if own == set(model.parameters()) else None
 
 
 def _has_parameters(layer: nn.Module) -> bool:

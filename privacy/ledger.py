@@ -20,7 +20,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -211,6 +211,7 @@ class Ledger:
             known = self._records.entries.get(request.key)
             if known is None:
                 with self._transaction(database):
+                    self._records.reserve(request)
                     self._append(database, {"reserve": _to_json(request)})
                 return Reservation(request)
             if known.request != request:
@@ -240,11 +241,10 @@ class Ledger:
                     "not waiting for a commit"
                 )
             digest = None if reply is None else hashlib.sha256(reply).hexdigest()
-            content: dict[str, object] = {"commit": list(request.key), "reply": digest}
             with self._transaction(database):
-                before = set(self._records.replies)
-                number = self._append(database, content)
-                for dropped in before - set(self._records.replies):
+                dropped_replies = self._records.commit(request.key, digest)
+                number = self._append(database, {"commit": list(request.key), "reply": digest})
+                for dropped in dropped_replies:
                     database.execute("DELETE FROM replies WHERE number = ?", (dropped,))
                 if reply is not None:
                     database.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
@@ -296,10 +296,10 @@ class Ledger:
         return None
 
     def _append(self, database: sqlite3.Connection, content: dict[str, object]) -> int:
-        number, text = len(self._records.hashes), _canonical(content)
-        row = (number, text, _chained(self._records.hashes[-1], text))
-        self._records.add(*row)
-        database.execute("INSERT INTO records VALUES (?, ?, ?)", row)
+        hashes, text = self._records.hashes, _canonical(content)
+        number, hash_ = len(hashes), _chained(hashes[-1], text)
+        database.execute("INSERT INTO records VALUES (?, ?, ?)", (number, text, hash_))
+        hashes.append(hash_)
         return number
 
     @contextmanager
@@ -383,7 +383,7 @@ class _Records:
     replies: dict[int, tuple[_Key, str]] = field(default_factory=dict)
     """Key and hash of the replies that are kept, by the number of their commit."""
 
-    def add(self, number: int, text: str, hash_: str) -> None:
+    def read(self, number: int, text: str, hash_: str) -> None:
         """Take in the next record.
 
         Raises:
@@ -393,21 +393,36 @@ class _Records:
             raise ValueError("its hash does not follow from the records up to it")
         content = json.loads(text)
         if "reserve" in content:
-            request = _from_json(content["reserve"])
-            if request.key in self.entries:
-                raise ValueError("reserved twice")
-            self.entries[request.key] = Entry(request, committed=False)
+            self.reserve(_from_json(content["reserve"]))
         else:
-            run, round_, kind = key = tuple(content["commit"])
-            if self.entries[key].committed:
-                raise ValueError("committed twice")
-            self.entries[key] = replace(self.entries[key], committed=True)
-            for earlier, ((of_run, of_round, of_kind), _) in list(self.replies.items()):
-                if (of_run, of_kind) == (run, kind) and of_round < round_:
-                    del self.replies[earlier]
-            if content["reply"] is not None:
-                self.replies[number] = key, content["reply"]
+            self.commit(tuple(content["commit"]), content["reply"])
         self.hashes.append(hash_)
+
+    def reserve(self, request: Request) -> None:
+        """Charge `request`. The next record says so."""
+        if request.key in self.entries:
+            raise ValueError("reserved twice")
+        self.entries[request.key] = Entry(request, committed=False)
+
+    def commit(self, key: _Key, reply: str | None) -> list[int]:
+        """Take the request of `key` as answered, with a reply of this hash, as the next record says.
+
+        The replies that are kept no longer, by number.
+        """
+        if self.entries[key].committed:
+            raise ValueError("committed twice")
+        self.entries[key] = Entry(self.entries[key].request, committed=True)
+        run, round_, kind = key
+        dropped = [
+            number
+            for number, ((of_run, of_round, of_kind), _) in self.replies.items()
+            if (of_run, of_kind) == (run, kind) and of_round < round_
+        ]
+        for number in dropped:
+            del self.replies[number]
+        if reply is not None:
+            self.replies[len(self.hashes)] = key, reply
+        return dropped
 
 
 def _read(path: Path) -> _Records:
@@ -454,7 +469,7 @@ def _read_records(path: Path, database: sqlite3.Connection, records: _Records) -
         )
     rows = database.execute("SELECT number, content, hash FROM records ORDER BY number")
     for number, text, hash_ in rows:
-        records.add(number, text.decode(), hash_.decode())
+        records.read(number, text.decode(), hash_.decode())
     for number, (_, digest) in records.replies.items():
         _stored_reply(path, database, number, digest)
     (found,) = database.execute("PRAGMA integrity_check").fetchone()
@@ -535,8 +550,11 @@ def _read_head(path: Path) -> tuple[int, str] | None:
     raise LedgerDamagedError(f"{_head_file(path)}: damaged. {_REMEDY}")
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def _canonical(content: dict[str, object]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(content)
 
 
 def _chained(before: str, text: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from opacus.optimizers import DPOptimizer
-from torch import Tensor
 
+from models.flat import FlatParameters
 from privacy.gradients import LARGEST_NORM, VisitorGradients, together
 from privacy.randomness import NORMAL_GRID, Randomness
 
@@ -44,16 +44,18 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
+        parameters: FlatParameters,
         *,
         noise_multiplier: float,
         clipping_norm: float,
         expected_batch_size: float,
         randomness: Randomness,
     ) -> None:
-        """Wrap `optimizer`, which steps the parameters of a model.
+        """Wrap `optimizer`, which steps the vector of a model's parameters.
 
         Args:
             optimizer: makes the step from the noised gradient.
+            parameters: of the model.
             noise_multiplier: noise's standard deviation / clipping norm.
             clipping_norm: C, L2 bound on what one visitor adds to the sum; at least 1e-10.
             expected_batch_size: divides the noised sum. Public or already released: never the
@@ -73,21 +75,19 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
             expected_batch_size=expected_batch_size,
         )
         self._randomness = randomness
-        self._parameters = list(self.params)
-        self._sizes = [p.numel() for p in self._parameters]
+        self._vector = parameters.vector
+        size = len(self._vector)
         self._deviation = noise_multiplier * clipping_norm
         # Two sums move apart by up to this when they are rounded to the noise's grid.
-        rounding = self._deviation * NORMAL_GRID * math.sqrt(sum(self._sizes))
+        rounding = self._deviation * NORMAL_GRID * math.sqrt(size)
         if not rounding <= clipping_norm / 2:
             raise ValueError(f"noise_multiplier={noise_multiplier}: too large for this model")
         # In whatever order it is summed, a norm of n numbers is off by less than this share.
-        share = sum(self._sizes) * torch.finfo(self._parameters[0].dtype).eps / 2
+        share = size * torch.finfo(self._vector.dtype).eps / 2
         self._largest_norm = (clipping_norm - rounding) / (1 + share)
-        kind = self._parameters[0].dtype
-        self._sum = torch.zeros(sum(self._sizes), dtype=kind)
-        self._sums = self._by_parameter(self._sum)
-        self._gradient = torch.zeros(sum(self._sizes), dtype=kind)
-        self._gradients = self._by_parameter(self._gradient)
+        # Apart from the vector's gradient, which a backward pass may write to.
+        self._sum = torch.zeros_like(self._vector, requires_grad=False)
+        self._sums = parameters.split(self._sum)
 
     def clip_and_accumulate(self, gradients: Sequence[VisitorGradients]) -> None:
         """Add each visitor's gradient, clipped, to the sum.
@@ -99,7 +99,7 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
             RuntimeError: A parameter has no gradient, or has two.
         """
         parameters = [p for g in gradients for p in g.parameters]
-        if len(parameters) != len(self._sizes) or set(parameters) != self._sums.keys():
+        if len(parameters) != len(self._sums) or set(parameters) != self._sums.keys():
             raise RuntimeError("each parameter needs exactly one gradient a visitor")
         norms = together([g.norms() for g in gradients])
         # A sum over visitors, to look at one number: seldom is any broken.
@@ -120,11 +120,8 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
             self._sum.copy_(units.add_(noise, alpha=1 / NORMAL_GRID).mul_(unit))
 
     def scale_grad(self) -> None:
-        """Set each parameter's gradient to its part of the sum / the expected batch size."""
-        torch.div(self._sum, self.expected_batch_size, out=self._gradient)
-        for p, gradient in self._gradients.items():
-            if p.grad is not gradient:
-                p.grad = gradient
+        """Set the vector's gradient to the sum / the expected batch size."""
+        torch.div(self._sum, self.expected_batch_size, out=self._vector.grad)
         self._sum.zero_()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -132,7 +129,3 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
         self.add_noise()
         self.scale_grad()
         return True
-
-    def _by_parameter(self, flat: Tensor) -> dict[Tensor, Tensor]:
-        parts = zip(self._parameters, torch.split(flat, self._sizes), strict=True)
-        return {p: part.view_as(p) for p, part in parts}

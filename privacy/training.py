@@ -33,7 +33,7 @@ from conf.schema import OptimizerConfig
 from journeys.examples import Examples
 from models.batch import JourneyBatch, to_batch
 from models.embedding import TouchpointBag
-from models.weights import get_weights, set_weights
+from models.flat import FlatParameters
 from privacy.accountant import PrivacyEvent
 from privacy.allocator import keep_freed_memory
 from privacy.randomness import Randomness
@@ -116,6 +116,7 @@ class Trainer:
         """
         keep_freed_memory()
         self.model = model
+        self._parameters = FlatParameters(model)
         self._engines: dict[str, Engine] = {}
         bag = getattr(model, "bag", None)
         self._bags = _KeptBags(bag) if isinstance(bag, TouchpointBag) else None
@@ -123,7 +124,7 @@ class Trainer:
     @property
     def parameters(self) -> int:
         """Number of the model's parameters."""
-        return sum(p.numel() for p in self.model.parameters())
+        return len(self._parameters.vector)
 
     def train(
         self,
@@ -153,14 +154,16 @@ class Trainer:
             RuntimeError: `weights` do not fit the model, or the model does not keep visitors apart.
             TypeError: `training.clipping_engine` has no way to clip a layer of the model.
         """
-        self._load(weights)
-        optimizer = _optimizer(self.model, training)
+        self._parameters.set(weights)
+        self.model.train()
+        optimizer = _optimizer(self._parameters.vector, training)
         steps = _until(stopped, self._steps(examples, training, randomness))
         if training.noise_multiplier > 0:
-            self._train_privately(steps, training, _make_private(optimizer, training, randomness))
+            private = _make_private(optimizer, self._parameters, training, randomness)
+            self._train_privately(steps, training, private)
         else:
             self._train_plainly(steps, training, optimizer)
-        return get_weights(self.model)
+        return self._parameters.get()
 
     def _train_privately(
         self, steps: Iterator[_Step], training: LocalTraining, optimizer: VisitorDPOptimizer
@@ -224,12 +227,6 @@ class Trainer:
             batches = batch.split([len(rows) for rows in parts])
         for step in waiting:
             yield [(next(batches), each) for _, each in step]
-
-    def _load(self, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        set_weights(self.model, weights)
-        self.model.train()
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p)
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
@@ -328,13 +325,12 @@ def _loss_gradient(logits: Tensor, batch: JourneyBatch, share: float) -> Tensor:
     return gradient if share == 1 else gradient.div_(share)
 
 
-def _optimizer(model: nn.Module, training: LocalTraining) -> torch.optim.Optimizer:
+def _optimizer(parameters: nn.Parameter, training: LocalTraining) -> torch.optim.Optimizer:
     config = training.optimizer
-    parameters = list(model.parameters())
     optimizer: torch.optim.Optimizer
     if config.name == "sgd":
         optimizer = torch.optim.SGD(
-            parameters,
+            [parameters],
             config.learning_rate,
             config.momentum,
             weight_decay=config.weight_decay,
@@ -342,27 +338,30 @@ def _optimizer(model: nn.Module, training: LocalTraining) -> torch.optim.Optimiz
         )
     else:
         optimizer = torch.optim.Adam(
-            parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
+            [parameters], config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
     if training.proximal_mu > 0:
-        round_weights = [p.detach().clone() for p in parameters]
+        at_start = parameters.detach().clone()
 
         def add_proximal_term(*_: object) -> None:
-            for p, at_start in zip(parameters, round_weights, strict=True):
-                assert p.grad is not None
-                p.grad.add_(p.detach() - at_start, alpha=training.proximal_mu)
+            assert parameters.grad is not None
+            parameters.grad.add_(parameters.detach() - at_start, alpha=training.proximal_mu)
 
         optimizer.register_step_pre_hook(add_proximal_term)
     return optimizer
 
 
 def _make_private(
-    optimizer: torch.optim.Optimizer, training: LocalTraining, randomness: Randomness
+    optimizer: torch.optim.Optimizer,
+    parameters: FlatParameters,
+    training: LocalTraining,
+    randomness: Randomness,
 ) -> VisitorDPOptimizer:
     from privacy.optimizer import VisitorDPOptimizer
 
     return VisitorDPOptimizer(
         optimizer,
+        parameters,
         noise_multiplier=training.noise_multiplier,
         clipping_norm=training.clipping_norm,
         expected_batch_size=training.expected_batch_size,

@@ -14,21 +14,24 @@ def to_records(parts: Parts) -> RecordDict:
     """The texts as one record, the model as one array: each array costs 0.2 ms a site."""
     records = RecordDict({"text": ConfigRecord(dict(parts.texts))})
     if parts.weights is not None:
-        array = Array("", (), _SAFETENSORS, parts.weights)
-        records["weights"] = ArrayRecord({_SAFETENSORS: array})
+        model = ArrayRecord()
+        model[_SAFETENSORS] = Array("", (), _SAFETENSORS, parts.weights)
+        records["weights"] = model
     return records
 
 
 def from_records(records: RecordDict) -> Parts:
     """What `to_records` was given; nothing of it is read yet. Raises `WireError`."""
+    # One by one: Flower makes its dictionaries of records of one kind anew each time.
+    text, model = records.get("text"), records.get("weights")
     texts: dict[str, str] = {}
-    for ask, one in records.config_records.get("text", {}).items():
+    for ask, one in text.items() if isinstance(text, ConfigRecord) else ():
         if not isinstance(one, str):
             raise WireError(f"{ask}: no text")
         texts[ask] = one
-    record = records.array_records.get("weights")
-    if record is None:
+    if model is None:
         return Parts(texts, None)
-    if set(record) != {_SAFETENSORS} or record[_SAFETENSORS].stype != _SAFETENSORS:
+    array = model.get(_SAFETENSORS) if isinstance(model, ArrayRecord) and len(model) == 1 else None
+    if array is None or array.stype != _SAFETENSORS:
         raise WireError("weights: not in the format of safetensors")
-    return Parts(texts, bytes(record[_SAFETENSORS].data))
+    return Parts(texts, bytes(array.data))

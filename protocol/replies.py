@@ -14,6 +14,11 @@ Weights = dict[str, npt.NDArray[np.float32]]
 """A model's parameters by name."""
 
 
+def flat(weights: Weights) -> npt.NDArray[np.float32]:
+    """(P,) all values in one vector, ordered by name: a model that was saved has another order."""
+    return np.concatenate([weights[name].ravel() for name in sorted(weights)])
+
+
 def weights_fault(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Why `weights` are no model with parameters of `shapes`, all finite; empty if they are."""
     if missing := shapes.keys() ^ weights.keys():

@@ -24,6 +24,8 @@ _CHOICES: dict[type, dict[str, type]] = {
     PrivacyConfig: GROUPS["privacy"],
 }
 
+_ENCODER = json.JSONEncoder(allow_nan=False)
+
 
 class WireError(ValueError):
     """A text that is no sound plan or reply. The message names the field."""
@@ -36,7 +38,7 @@ def to_text(value: object, leave_out: tuple[str, ...] = ()) -> str:
         for field in dataclasses.fields(typing.cast(Any, value))
         if field.name not in leave_out
     }
-    return json.dumps(fields, allow_nan=False)
+    return _ENCODER.encode(fields)
 
 
 def from_text(kind: type[T], text: object, **given: object) -> T:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
-from protocol.replies import SiteFailure, SiteUpdate, Weights, weights_fault
+import numpy as np
+import numpy.typing as npt
+
+from protocol.replies import SiteFailure, SiteUpdate, Weights, flat, weights_fault
 
 
 def screen_updates(
@@ -19,10 +22,12 @@ def screen_updates(
     """
     sound: list[SiteUpdate] = []
     failed: list[SiteFailure] = []
+    shapes = {name: value.shape for name, value in weights.items()}
+    before = flat(weights).astype(np.float64)
     for answer in answers:
         if isinstance(answer, SiteFailure):
             failed.append(answer)
-        elif fault := _fault(answer.weights, weights, max_update_norm):
+        elif fault := _fault(answer.weights, shapes, before, max_update_norm):
             failed.append(SiteFailure(answer.site, "dropped", fault))
         else:
             sound.append(answer)
@@ -42,14 +47,17 @@ def cap_weights(visitors: dict[str, float], cap: float) -> dict[str, float]:
     return {site: min(count, most) for site, count in counts.items()}
 
 
-def _fault(update: Weights, weights: Weights, max_update_norm: float) -> str:
-    if fault := weights_fault(update, {name: value.shape for name, value in weights.items()}):
-        return fault
-    squares = [
-        float(np.square(update[name].astype(np.float64) - value).sum())
-        for name, value in weights.items()
-    ]
-    norm = float(np.sqrt(sum(squares)))
-    if norm > max_update_norm:
-        return f"update of norm {norm:.3g}, strategy.max_update_norm={max_update_norm:g}"
-    return ""
+def _fault(
+    update: Weights,
+    shapes: dict[str, tuple[int, ...]],
+    before: npt.NDArray[np.float64],
+    max_update_norm: float,
+) -> str:
+    norm = math.nan
+    if shapes == {name: value.shape for name, value in update.items()}:
+        # In float64 only what is not finite has a norm that is not.
+        norm = float(np.linalg.norm(flat(update) - before))
+    if norm <= max_update_norm:
+        return ""
+    fault = weights_fault(update, shapes)
+    return fault or f"update of norm {norm:.3g}, strategy.max_update_norm={max_update_norm:g}"

@@ -20,12 +20,12 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy.fedopt import FedOpt
 
 from conf.schema import StrategyConfig
-from protocol.replies import SiteUpdate, Weights
+from protocol.replies import SiteUpdate, Weights, flat
 
 _WEIGHT = "num-examples"
 _ALL = "all"
-"""Flower's strategies work value by value, so that a model goes to them as one array: each array
-costs 0.2 ms a site."""
+"""Flower's strategies work value by value, so that a model goes to them as one array: each costs
+0.2 ms."""
 
 
 class Aggregator:
@@ -49,8 +49,13 @@ class Aggregator:
             counts: how much each site weighs, above 0; the median and the trimmed mean ignore it.
         """
         if isinstance(self._strategy, FedOpt):
-            self._strategy.current_arrays = {_ALL: _flat(weights)}
-        replies = [_as_reply(update, counts[update.site]) for update in updates]
+            self._strategy.current_arrays = {_ALL: flat(weights)}
+        if isinstance(self._strategy, FedMedian | FedTrimmedAvg):
+            told = [flat(update.weights) for update in updates]
+        else:
+            # All others look at the mean alone.
+            told = [_mean(updates, counts)]
+        replies = [_as_reply(model) for model in told]
         arrays, _ = self._strategy.aggregate_train(round_, replies)
         assert arrays is not None
         return _like(weights, arrays[_ALL].numpy().astype(np.float32))
@@ -97,22 +102,25 @@ def _strategy(config: StrategyConfig) -> FedAvg:
     return FedAvg(**common)
 
 
-def _flat(weights: Weights) -> npt.NDArray[np.float32]:
-    # By name: a model read from a checkpoint has its arrays in another order.
-    return np.concatenate([weights[name].ravel() for name in sorted(weights)])
+def _mean(updates: list[SiteUpdate], counts: dict[str, float]) -> npt.NDArray[np.float32]:
+    whole = sum(counts[update.site] for update in updates)
+    mean = np.zeros_like(flat(updates[0].weights))
+    for update in updates:
+        mean += flat(update.weights) * np.float32(counts[update.site] / whole)
+    return mean
 
 
-def _like(weights: Weights, flat: npt.NDArray[np.float32]) -> Weights:
+def _like(weights: Weights, vector: npt.NDArray[np.float32]) -> Weights:
     parts: Weights = {}
     for name in sorted(weights):
-        part, flat = np.split(flat, [weights[name].size])
+        part, vector = np.split(vector, [weights[name].size])
         parts[name] = part.reshape(weights[name].shape)
     return {name: parts[name] for name in weights}
 
 
-def _as_reply(update: SiteUpdate, weight: float) -> Message:
-    arrays = ArrayRecord({_ALL: Array(_flat(update.weights))})
-    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({_WEIGHT: weight})})
+def _as_reply(model: npt.NDArray[np.float32]) -> Message:
+    arrays = ArrayRecord({_ALL: Array(model)})
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({_WEIGHT: 1.0})})
     # By its metadata: a message is else stamped with the identity of a running Flower task.
     message: Message = cast(Any, Message)(
         content=content,

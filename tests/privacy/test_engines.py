@@ -19,6 +19,7 @@ from conf.schema import AttentionConfig, GruConfig, LogisticConfig, MlpConfig, M
 from journeys.examples import Examples
 from journeys.features import FeatureSpec
 from models.batch import JourneyBatch, to_batch
+from models.flat import FlatParameters
 from models.registry import build
 from privacy.engines import ENGINES, BookKeeping, Engine, OpacusHooks
 from privacy.gradients import VisitorGradients, together
@@ -273,8 +274,10 @@ def test_a_visitor_of_twenty_journeys_adds_no_more_than_the_clipping_norm(
     """Two neighbouring data sets; the sums are taken in one pass over the larger one's parts."""
     model = new("gru")
     wrapped = ENGINES[engine](model)
+    parameters = FlatParameters(model)
     optimizer = VisitorDPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=1.0),
+        torch.optim.SGD([parameters.vector], lr=1.0),
+        parameters,
         noise_multiplier=0.0,
         clipping_norm=0.05,
         expected_batch_size=1.0,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from models.flat import FlatParameters
 from privacy.gradients import Kept
 from privacy.optimizer import VisitorDPOptimizer
 from privacy.randomness import NORMAL_GRID, SeededRandomness
@@ -26,8 +27,11 @@ def optimizer_over(
     batch: float = 1,
 ) -> VisitorDPOptimizer:
     """An optimizer of step size 1 from 0 over one parameter a shape."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes])
+    parameters = FlatParameters(model)
     return VisitorDPOptimizer(
-        torch.optim.SGD([nn.Parameter(torch.zeros(shape)) for shape in shapes], lr=1.0),
+        torch.optim.SGD([parameters.vector], lr=1.0),
+        parameters,
         noise_multiplier=noise_multiplier,
         clipping_norm=clipping_norm,
         expected_batch_size=batch,
@@ -37,7 +41,7 @@ def optimizer_over(
 
 def accumulate(optimizer: VisitorDPOptimizer, *gradients: Tensor) -> None:
     """Clip and add gradients of (B, ...), one a parameter."""
-    pairs = zip(optimizer.params, gradients, strict=True)
+    pairs = zip(optimizer._sums, gradients, strict=True)
     optimizer.clip_and_accumulate([Kept([(p, gradient.clone())]) for p, gradient in pairs])
 
 
@@ -46,7 +50,7 @@ def clipped_sum(*gradients: Tensor, clipping_norm: float = 1.0) -> Tensor:
     optimizer = optimizer_over(*(g.shape[1:] for g in gradients), clipping_norm=clipping_norm)
     accumulate(optimizer, *gradients)
     optimizer.step()
-    return -torch.cat([p.detach().flatten() for p in optimizer.params])
+    return -optimizer.params[0].detach()
 
 
 def norm(vector: Tensor) -> float:
@@ -152,8 +156,9 @@ def test_parts_of_a_batch_add_up_and_are_forgotten_after_the_step() -> None:
 
 def test_the_raw_gradient_never_reaches_the_step() -> None:
     optimizer = optimizer_over((3,))
-    (p,) = optimizer.params
-    p.grad = torch.full((3,), 1e6)
+    (p,) = optimizer._sums
+    assert p.grad is not None
+    p.grad.fill_(1e6)
     accumulate(optimizer, torch.zeros(1, 3))
     optimizer.step()
     assert (p == 0).all()
@@ -161,7 +166,7 @@ def test_the_raw_gradient_never_reaches_the_step() -> None:
 
 def test_a_parameter_without_gradient_or_with_two_is_refused() -> None:
     optimizer = optimizer_over((3,), (2,))
-    first, second = (Kept([(p, torch.zeros(4, *p.shape))]) for p in optimizer.params)
+    first, second = (Kept([(p, torch.zeros(4, *p.shape))]) for p in optimizer._sums)
     for gradients in ([first], [first, first], [first, second, second]):
         with pytest.raises(RuntimeError, match="exactly one gradient"):
             optimizer.clip_and_accumulate(gradients)

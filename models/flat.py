@@ -1,0 +1,44 @@
+"""A model's parameters as one vector: one step, one noise, one sum for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from models.weights import check_shapes
+
+
+class FlatParameters:
+    """All parameters of a model, one after the other; the model's own become views of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take over the parameters of `model`, and their gradients, which begin at 0."""
+        named = dict(model.named_parameters())
+        self._parameters = list(named.values())
+        self._sizes = [p.numel() for p in self._parameters]
+        self.vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self._parameters]))
+        """(P,) all of them; what an optimizer steps."""
+        self.vector.grad = torch.zeros_like(self.vector, requires_grad=False)
+        gradients = self.split(self.vector.grad)
+        for p, part in self.split(self.vector.detach()).items():
+            p.data, p.grad = part, gradients[p]
+        self._arrays = {name: p.detach().numpy() for name, p in named.items()}
+
+    def split(self, vector: Tensor) -> dict[Tensor, Tensor]:
+        """Of a vector (P,) the part of each parameter, in its shape, as a view."""
+        parts = torch.split(vector, self._sizes)
+        return {p: part.view(p.shape) for p, part in zip(self._parameters, parts, strict=True)}
+
+    def set(self, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Copy `weights` into the parameters. Raises as `models.weights.set_weights`."""
+        check_shapes(weights, self._arrays)
+        for name, array in self._arrays.items():
+            np.copyto(array, weights[name])
+
+    def get(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Copies of the parameters, by name."""
+        return {name: array.copy() for name, array in self._arrays.items()}
