@@ -70,6 +70,8 @@ def watch_all(clock: Clock) -> None:
     import privacy.training
     from client.site import Site
     from models.embedding import TouchpointBag
+    from models.flat import FlatParameters
+    from privacy.chain import Chain
     from privacy.engines import BookKeeping
     from privacy.ledger import Ledger
     from privacy.optimizer import VisitorDPOptimizer
@@ -80,6 +82,7 @@ def watch_all(clock: Clock) -> None:
     arithmetic = "model: forward and backward"
     clock.watch(BookKeeping, "forward", arithmetic)
     clock.watch(torch.autograd, "grad", arithmetic)
+    clock.watch(Chain, "uses", arithmetic)
     clock.watch(TouchpointBag, "forward", arithmetic)
     clipping = "clipping: norms and weighted sums"
     clock.watch(BookKeeping, "visitor_gradients", clipping)
@@ -91,8 +94,8 @@ def watch_all(clock: Clock) -> None:
     clock.watch(privacy.training, "to_batch", "reading examples")
     clock.watch(privacy.training._Bags, "take", "reading examples")
     copies = "copies of the weights, new optimizers"
-    clock.watch(privacy.training.Trainer, "_load", copies)
-    clock.watch(privacy.training, "get_weights", copies)
+    clock.watch(FlatParameters, "set", copies)
+    clock.watch(FlatParameters, "get", copies)
     clock.watch(privacy.training, "_optimizer", copies)
     clock.watch(privacy.training, "_make_private", copies)
     for call in ("reserve", "commit"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar, cast
 
@@ -15,7 +14,7 @@ import torch
 from client.policy import PlanRefused, SitePolicy
 from conf.schema import JourneyConfig, ModelConfig, VisitorDP
 from evaluation.histogram import EXACT, NOISED, ScoreHistogram
-from journeys.features import FeatureSpec, feature_spec
+from journeys.features import FeatureSpec
 from journeys.site import SiteJourneys
 from models.registry import build, shapes
 from models.score import logits
@@ -40,7 +39,7 @@ from protocol.replies import (
     weights_fault,
 )
 from protocol.stored import reply_from_bytes, reply_to_bytes
-from protocol.wire import from_text, to_text
+from protocol.wire import from_text
 
 R = TypeVar("R", bound=Reply)
 
@@ -91,7 +90,7 @@ class Site:
         self._ledger = ledger
         self._seed = seed
         self._check_cut = check_cut
-        self._described: tuple[RoundPlan, SiteDescription] | None = None
+        self._described: tuple[str, SiteDescription] | None = None
 
     def close(self) -> None:
         """Let another process have the ledger."""
@@ -126,8 +125,8 @@ class Site:
         Raises:
             PlanRefused: The plan asks for what the site does not do, here and below.
         """
-        plan = replace(plan, round=0)
-        if self._described is not None and self._described[0] == plan:
+        plan = plan.first
+        if self._described is not None and self._described[0] == plan.text:
             return self._described[1]
         self._policy.check_plan(plan)
         _check_length(plan)
@@ -141,7 +140,7 @@ class Site:
         description = self._release("describe", plan, None, release, count)
         self._policy.check_visitors(description.visitors, plan)
         self._check_whole_run(plan, description.visitors)
-        self._described = (plan, description)
+        self._described = (plan.text, description)
         return description
 
     def train(
@@ -185,13 +184,11 @@ class Site:
 
     def _trainer(self, plan: RoundPlan, weights: Weights) -> Trainer:
         """What trains the plan's model, once the model is known to be one, and not too large."""
-        spec = feature_spec(plan.journeys.features)
-        model = to_text(plan.model)
-        expected = _shapes(model, spec)
+        expected = _shapes(*plan.architecture)
         self._policy.check_parameters(sum(math.prod(shape) for shape in expected.values()))
         if fault := weights_fault(weights, expected):
             raise PlanRefused(fault)
-        return _trainer(model, spec)
+        return _trainer(*plan.architecture)
 
     def _check_whole_run(self, plan: RoundPlan, visitors: float) -> None:
         """Refuse at its start a run that would run out of budget before its end."""
@@ -227,9 +224,11 @@ class Site:
         self._check_cut(plan.journeys)
         request = _request(kind, plan, weights, release)
         if isinstance(plan.privacy, VisitorDP) and request not in self._ledger:
-            delta = plan.privacy.delta
-            of_run = self._ledger.epsilon(delta, run=request.run, also=request.releases)
-            in_all = self._ledger.epsilon(self._policy.delta, also=request.releases)
+            delta, also = plan.privacy.delta, request.releases
+            of_run = self._ledger.epsilon(delta, run=request.run, also=also)
+            in_all = 0.0
+            if self._policy.epsilon < math.inf:
+                in_all = self._ledger.epsilon(self._policy.delta, also=also)
             self._policy.check_spending(plan, of_run, in_all)
         try:
             reserved = self._ledger.reserve(request)

@@ -28,7 +28,7 @@ LEAST_NOISE = 0.01
 unless hardly anyone is drawn, and accounting for it would be slow."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class PrivacyEvent:
     """`count` releases of Gaussian noise, each over visitors drawn by Poisson sampling.
 

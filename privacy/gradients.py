@@ -122,8 +122,9 @@ class OuterProducts:
 
     def add_weighted(self, weights: Tensor, sums: Sums) -> None:
         """Add two products over visitors for each layer."""
+        column = weights.unsqueeze(1)
         for layer, inputs, outputs in self.layers:
-            sums[layer.weight].addmm_((outputs * weights[:, None]).t(), inputs)
+            sums[layer.weight].addmm_((outputs * column).t(), inputs)
             sums[layer.bias].addmv_(outputs.t(), weights)
 
     def without(self, broken: Tensor) -> OuterProducts:

@@ -18,13 +18,13 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from privacy.accountant import PrivacyEvent, epsilon, merge
+from privacy.accountant import PrivacyEvent, epsilon
 
 Population = Literal["train", "holdout"]
 """The two halves of a site. No visitor is in both."""
@@ -46,7 +46,7 @@ class LedgerConflictError(LedgerError):
     """The request was reserved before, and is not the same: to answer it is a second release."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Release:
     """One thing that leaves the site."""
 
@@ -63,7 +63,7 @@ class Release:
             raise ValueError(f"population={self.population!r}: must be one of train, holdout")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """One thing that was asked of the site, with all that the answer releases."""
 
@@ -90,14 +90,14 @@ class Request:
         return self.run, self.round, self.kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reservation:
     """Charged, and not answered yet: read the journeys, make the answer, commit it."""
 
     request: Request
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The request was committed before."""
 
@@ -106,7 +106,7 @@ class Answer:
     noise gives the same answer again: without it, answering is a second release."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A request in the ledger."""
 
@@ -262,12 +262,8 @@ class Ledger:
 
     def events(self, population: Population) -> tuple[PrivacyEvent, ...]:
         """What was spent on `population`, by all runs, equal kinds added up."""
-        return merge(
-            release.event
-            for entry in self.entries()
-            for release in entry.request.releases
-            if release.population == population
-        )
+        with self._mutex:
+            return self._records.spent[None].events(population)
 
     def epsilon(
         self, delta: float, *, run: str | None = None, also: Iterable[Release] = ()
@@ -276,18 +272,15 @@ class Ledger:
 
         Guarantee: `visitor_epsilon` of all of it. With `run`, of that run alone.
         """
-        before = [
-            release
-            for entry in self.entries()
-            if run is None or entry.request.run == run
-            for release in entry.request.releases
-        ]
-        return visitor_epsilon([*before, *also], delta)
+        with self._mutex:
+            spent = self._records.spent.get(run, _Spent())
+            before = {half: spent.events(half) for half in get_args(Population)}
+        return _epsilon_of(before, also, delta)
 
     @property
     def head(self) -> tuple[int, str]:
         """Number of records and the hash over all of them."""
-        return len(self._records.hashes) - 1, self._records.hashes[-1]
+        return self._records.number, self._records.hash
 
     def _reply(self, database: sqlite3.Connection, request: Request) -> bytes | None:
         for number, (key, digest) in self._records.replies.items():
@@ -296,11 +289,11 @@ class Ledger:
         return None
 
     def _append(self, database: sqlite3.Connection, content: dict[str, object]) -> int:
-        hashes, text = self._records.hashes, _canonical(content)
-        number, hash_ = len(hashes), _chained(hashes[-1], text)
-        database.execute("INSERT INTO records VALUES (?, ?, ?)", (number, text, hash_))
-        hashes.append(hash_)
-        return number
+        records, text = self._records, _canonical(content)
+        row = (records.number + 1, text, _chained(records.hash, text))
+        database.execute("INSERT INTO records VALUES (?, ?, ?)", row)
+        records.number, _, records.hash = row
+        return records.number
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -344,11 +337,16 @@ def visitor_epsilon(releases: Iterable[Release], delta: float) -> float:
     visitor. A visitor is in one population, so the loss is the largest over populations (parallel
     composition); within one, all releases compose.
     """
-    every = tuple(releases)
-    return max(
-        epsilon([release.event for release in every if release.population == half], delta)
-        for half in get_args(Population)
-    )
+    return _epsilon_of({}, releases, delta)
+
+
+def _epsilon_of(
+    before: Mapping[Population, Sequence[PrivacyEvent]], also: Iterable[Release], delta: float
+) -> float:
+    events = {half: list(before.get(half, ())) for half in get_args(Population)}
+    for release in also:
+        events[release.population].append(release.event)
+    return max(epsilon(of_half, delta) for of_half in events.values())
 
 
 # Not every system has the faster one, which leaves the file's times unsynced.
@@ -373,13 +371,40 @@ _NOTHING = "0" * 64
 _Key = tuple[str, int, str]
 
 
+class _Spent:
+    """Releases added up as they come, as `privacy.accountant.merge` does it of all at once."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Population, dict[tuple[float, float], int]] = {
+            half: {} for half in get_args(Population)
+        }
+
+    def add(self, release: Release) -> None:
+        """Count what one more release spends."""
+        counts, event = self._counts[release.population], release.event
+        if event.count:
+            kind = (event.noise_multiplier, event.sample_rate)
+            counts[kind] = counts.pop(kind, 0) + event.count
+
+    def events(self, population: Population) -> tuple[PrivacyEvent, ...]:
+        """All that was spent on `population`, the latest kind last."""
+        return tuple(PrivacyEvent(*kind, n) for kind, n in self._counts[population].items())
+
+
 @dataclass
 class _Records:
     """What the records say."""
 
-    hashes: list[str] = field(default_factory=lambda: [_NOTHING])
-    """Of the records up to each number."""
+    head: int = 0
+    """The number of which the head file knows the hash."""
+    at_head: str = _NOTHING
+    """The hash over the records up to it, or as far as they go."""
+    number: int = 0
+    hash: str = _NOTHING
+    """Of the last record, over all."""
     entries: dict[_Key, Entry] = field(default_factory=dict)
+    spent: dict[str | None, _Spent] = field(default_factory=lambda: {None: _Spent()})
+    """By each run, and by all."""
     replies: dict[int, tuple[_Key, str]] = field(default_factory=dict)
     """Key and hash of the replies that are kept, by the number of their commit."""
 
@@ -389,25 +414,30 @@ class _Records:
         Raises:
             ValueError: It does not follow from those before it.
         """
-        if number != len(self.hashes) or hash_ != _chained(self.hashes[-1], text):
+        if number != self.number + 1 or hash_ != _chained(self.hash, text):
             raise ValueError("its hash does not follow from the records up to it")
         content = json.loads(text)
         if "reserve" in content:
             self.reserve(_from_json(content["reserve"]))
         else:
             self.commit(tuple(content["commit"]), content["reply"])
-        self.hashes.append(hash_)
+        self.number, self.hash = number, hash_
+        if number == self.head:
+            self.at_head = hash_
 
     def reserve(self, request: Request) -> None:
         """Charge `request`. The next record says so."""
         if request.key in self.entries:
             raise ValueError("reserved twice")
         self.entries[request.key] = Entry(request, committed=False)
+        for release in request.releases:
+            for run in (None, request.run):
+                self.spent.setdefault(run, _Spent()).add(release)
 
     def commit(self, key: _Key, reply: str | None) -> list[int]:
-        """Take the request of `key` as answered, with a reply of this hash, as the next record says.
+        """Take the request of `key` as answered, with a reply of hash `reply`, if there is one.
 
-        The replies that are kept no longer, by number.
+        The next record says so. Returns the numbers of the replies that are kept no longer.
         """
         if self.entries[key].committed:
             raise ValueError("committed twice")
@@ -421,7 +451,7 @@ class _Records:
         for number in dropped:
             del self.replies[number]
         if reply is not None:
-            self.replies[len(self.hashes)] = key, reply
+            self.replies[self.number + 1] = key, reply
         return dropped
 
 
@@ -434,7 +464,7 @@ def _read(path: Path) -> _Records:
     """
     # Before the records, which an owner may be adding to.
     head = _read_head(path)
-    records = _Records()
+    records = _Records() if head is None else _Records(head[0])
     # Not an empty file, for which SQLite would throw a WAL away.
     if path.exists() and path.stat().st_size:
         with path.open("rb"):
@@ -444,14 +474,14 @@ def _read(path: Path) -> _Records:
             with closing(sqlite3.connect(uri, uri=True)) as database:
                 _read_records(path, database, records)
         except (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _damaged(path, len(records.hashes), str(error)) from error
-    count = len(records.hashes) - 1
+            raise _damaged(path, records.number + 1, str(error)) from error
+    count = records.number
     if head is None:
         if count:
             raise _damaged(path, count, f"{_head_file(path).name} is missing or empty")
     elif count < head[0]:
         raise _damaged(path, count + 1, f"missing, with all up to {head[0]}")
-    elif records.hashes[head[0]] != head[1]:
+    elif records.at_head != head[1]:
         raise _damaged(path, head[0], f"not the one that {_head_file(path).name} knows")
     return records
 

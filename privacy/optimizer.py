@@ -85,9 +85,7 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
         # In whatever order it is summed, a norm of n numbers is off by less than this share.
         share = size * torch.finfo(self._vector.dtype).eps / 2
         self._largest_norm = (clipping_norm - rounding) / (1 + share)
-        # Apart from the vector's gradient, which a backward pass may write to.
-        self._sum = torch.zeros_like(self._vector, requires_grad=False)
-        self._sums = parameters.split(self._sum)
+        self._sum, self._sums = parameters.total.zero_(), parameters.totals
 
     def clip_and_accumulate(self, gradients: Sequence[VisitorGradients]) -> None:
         """Add each visitor's gradient, clipped, to the sum.
@@ -107,7 +105,7 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
             sound = norms <= LARGEST_NORM
             gradients = [g.without(~sound) for g in gradients]
             norms = norms.masked_fill(~sound, math.inf)
-        factors = (self._largest_norm / norms).clamp_(max=1.0).to(self._sum.dtype)
+        factors = norms.reciprocal().mul_(self._largest_norm).clamp_(max=1.0).to(self._sum.dtype)
         for g in gradients:
             g.add_weighted(factors, self._sums)
 

@@ -334,7 +334,7 @@ def _optimizer(parameters: nn.Parameter, training: LocalTraining) -> torch.optim
             config.learning_rate,
             config.momentum,
             weight_decay=config.weight_decay,
-            fused=True,
+            foreach=False,  # there is one
         )
     else:
         optimizer = torch.optim.Adam(

@@ -53,13 +53,23 @@ def read_request(parts: Parts) -> Request:
     """The request that `request_parts` wrote. Raises `WireError`."""
     _check_asks(parts, ASKS)
     plans = {ask: _read_plan(text) for ask, text in parts.texts.items()}
-    return Request(plans, read_weights(parts.weights))
+    return Request(plans, _read_model(parts.weights))
+
+
+# A round asks all the sites of a process the same, of the same model.
 
 
 @lru_cache(maxsize=4)
 def _read_plan(text: str) -> RoundPlan:
-    """Read once for all the sites of a process: a round asks each the same."""
     return from_text(RoundPlan, text)
+
+
+@lru_cache(maxsize=1)
+def _read_model(data: bytes | None) -> Weights:
+    weights = read_weights(data)
+    for array in weights.values():
+        array.flags.writeable = False
+    return weights
 
 
 def reply_parts(replies: Mapping[str, Reply]) -> Parts:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from conf.schema import JourneyConfig, ModelConfig, OptimizerConfig, PrivacyConfig
+from journeys.features import FeatureSpec, feature_spec
 from protocol.wire import to_text
 
 
@@ -40,3 +41,15 @@ class RoundPlan:
     def text(self) -> str:
         """As it travels, and as a site's ledger knows it again: JSON."""
         return to_text(self)
+
+    # What follows is asked for at each of a simulation's sites, which share the plan.
+
+    @cached_property
+    def first(self) -> RoundPlan:
+        """The run's plan before its first round."""
+        return replace(self, round=0)
+
+    @cached_property
+    def architecture(self) -> tuple[str, FeatureSpec]:
+        """The model's config as JSON, and the features that it reads."""
+        return to_text(self.model), feature_spec(self.journeys.features)

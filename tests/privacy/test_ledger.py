@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy.accountant import PrivacyEvent, epsilon
+from privacy.accountant import PrivacyEvent, epsilon, merge
 from privacy.ledger import (
     Answer,
     Ledger,
@@ -25,9 +26,11 @@ from privacy.ledger import (
     LedgerConflictError,
     LedgerDamagedError,
     LedgerError,
+    Population,
     Release,
     Request,
     Reservation,
+    visitor_epsilon,
 )
 
 COUNT = Release("count", "train", PrivacyEvent(20.0))
@@ -88,6 +91,41 @@ def test_the_same_request_is_charged_and_answered_once(path: Path) -> None:
         assert ledger.reserve(asked()) == Answer(b"reply")
         assert ledger.epsilon(DELTA) == spent
         assert len(ledger.entries()) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b"]),
+            st.sampled_from(["train", "holdout"]),
+            st.sampled_from([0.5, 1.0, 2.0]),
+            st.integers(0, 3),
+        ),
+        max_size=8,
+    )
+)
+def test_what_is_spent_is_the_sum_of_all_entries(
+    requests: list[tuple[str, Population, float, int]],
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.sqlite"
+        with Ledger(path, durable=False) as ledger:
+            for round_, (run, half, noise, count) in enumerate(requests):
+                release = Release("weights", half, PrivacyEvent(noise, 1.0, count))
+                ledger.reserve(asked(round_, (release,), run))
+        for known in (ledger, Ledger(path, read_only=True)):
+            releases = [r for entry in known.entries() for r in entry.request.releases]
+            for half in get_args(Population):
+                events = [r.event for r in releases if r.population == half]
+                assert known.events(half) == merge(events)
+            for run in ("a", "b", "c"):
+                of_run = [
+                    r for e in known.entries() if e.request.run == run for r in e.request.releases
+                ]
+                also = [WEIGHTS, HISTOGRAM]
+                expected = visitor_epsilon([*of_run, *also], DELTA)
+                assert known.epsilon(DELTA, run=run, also=also) == expected
 
 
 def test_a_reservation_goes_on_after_a_crash(path: Path) -> None:
