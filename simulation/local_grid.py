@@ -19,6 +19,9 @@ from simulation.workers import InlineWorker, ProcessWorker
 
 _RUN_ID = 1
 
+_MOMENT_S = 0.05
+"""What asking for replies waits at most."""
+
 
 class LocalGrid(Grid):
     """Each site is pinned to a worker, which keeps its journeys; node i + 1 is site i.
@@ -33,7 +36,7 @@ class LocalGrid(Grid):
         self._faults = faults or Faults()
         self._run = Run.create_empty(run_id=_RUN_ID)
         self._replies: dict[str, list[Message]] = {}
-        self._lock = threading.Lock()
+        self._came = threading.Condition()
         self._workers: list[InlineWorker | ProcessWorker] = [
             ProcessWorker(fleet, self._faults, self._deliver) for _ in range(workers)
         ] or [InlineWorker(fleet, self._faults, self._deliver)]
@@ -82,9 +85,15 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies that have come since the last call."""
-        with self._lock:
-            return [reply for one in message_ids for reply in self._replies.pop(one, [])]
+        """Replies that have come since the last call; if there is none, waits a moment for one.
+
+        Who asks again and again then takes no time from the workers.
+        """
+        asked = dict.fromkeys(message_ids).keys()
+        with self._came:
+            self._came.wait_for(lambda: not asked.isdisjoint(self._replies), _MOMENT_S)
+            came = [one for one in self._replies if one in asked]
+            return [reply for one in came for reply in self._replies.pop(one)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -97,16 +106,15 @@ class LocalGrid(Grid):
             came = list(self.pull_messages(waiting))
             waiting -= {reply.metadata.reply_to_message_id for reply in came}
             replies += came
-            if not came:
-                time.sleep(0.001)
         return replies
 
     def _deliver(self, reply: Message) -> None:
         index, group = reply.metadata.src_node_id - 1, reply.metadata.group_id
         twice = self._faults.of(index, int(group)) is Fault.DUPLICATE
-        with self._lock:
+        with self._came:
             known = self._replies.setdefault(reply.metadata.reply_to_message_id, [])
             known.extend([reply] * (2 if twice else 1))
+            self._came.notify_all()
 
 
 def _pin(sizes: tuple[int, ...], workers: int) -> list[int]:

@@ -7,13 +7,23 @@ import multiprocessing
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any, cast
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import (
+    message_from_proto,
+    message_to_proto,
+    recorddict_from_proto,
+    recorddict_to_proto,
+)
+from flwr.common.serde_utils import metadata_from_proto, metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata as ProtoMetadata
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from simulation.faults import Faults, misbehave
 from simulation.fleet import PARTITION, Fleet
@@ -22,6 +32,12 @@ log = logging.getLogger(__name__)
 
 Deliver = Callable[[Message], None]
 """Takes a site's reply."""
+
+_Task = tuple[int, Message]
+"""A message for a site of this index."""
+
+_AHEAD = 2
+"""Messages that a process has: one that it answers, and one so that it need not wait for it."""
 
 
 class InlineWorker:
@@ -73,7 +89,9 @@ class ProcessWorker:
         self._fleet = fleet
         self._faults = faults
         self._deliver = deliver
-        self._tasks: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._waiting: deque[_Task] = deque()
+        self._sent: deque[_Task] = deque()
         self._closed = False
         self._start()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -102,6 +120,7 @@ class ProcessWorker:
         )
         process.start()
         self._process = process
+        self._content: RecordDict | None = None
         theirs.close()
 
     def _stop(self) -> None:
@@ -110,54 +129,90 @@ class ProcessWorker:
         self._connection.close()
 
     def _serve(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            index, message = task
-            left = message.metadata.created_at + message.metadata.ttl - time.time()
-            if left <= 0:
+        while not self._closed:
+            self._send_ahead()
+            if self._sent:
+                self._receive()
+
+    def _send_ahead(self) -> None:
+        """Hand over the next messages, if there are any; wait for one if there is no other."""
+        while len(self._sent) < _AHEAD:
+            if not self._waiting:
+                try:
+                    task = self._tasks.get(block=not self._sent)
+                except queue.Empty:
+                    return
+                if task is None:
+                    return
+                self._waiting.append(task)
+            index, message = self._waiting[0]
+            if self._sent and message.content is not self._content:
+                # It is large: the process, while it sends a reply, may have no room to take it.
+                return
+            self._sent.append(self._waiting.popleft())
+            if _time_left(message) <= 0:
+                self._sent.pop()
                 self._deliver(_error(message, "another site of its worker took all the time"))
                 continue
             try:
-                reply = self._exchange(index, message, left)
-            except (EOFError, OSError, TimeoutError) as error:
-                if isinstance(error, TimeoutError):
-                    reason = "the site did not answer in time"
-                else:
-                    reason = "the site's process died"
-                reply = _error(message, reason)
-                self._stop()
-                if self._closed:
-                    return
-                self._start()
-            self._deliver(reply)
+                self._hand_over(index, message)
+            except OSError:
+                # It died: there will be no reply.
+                return
 
-    def _exchange(self, index: int, message: Message, left: float) -> Message:
-        self._connection.send_bytes(index.to_bytes(4, "little"))
-        self._connection.send_bytes(_encode(message))
-        if not self._connection.poll(left):
-            raise TimeoutError
-        return _decode(self._connection.recv_bytes())
+    def _hand_over(self, index: int, message: Message) -> None:
+        """Messages to several sites share their content, which is sent once."""
+        content = b""
+        if message.content is not self._content:
+            content = recorddict_to_proto(message.content).SerializeToString()
+        metadata = metadata_to_proto(message.metadata).SerializeToString()
+        for part in (index.to_bytes(4, "little"), metadata, content):
+            self._connection.send_bytes(part)
+        self._content = message.content
+
+    def _receive(self) -> None:
+        """Deliver the reply to the first message that was sent, or why there is none."""
+        _, message = self._sent.popleft()
+        try:
+            if not self._connection.poll(max(_time_left(message), 0)):
+                raise TimeoutError
+            reply = message_from_proto(ProtoMessage.FromString(self._connection.recv_bytes()))
+        except (EOFError, OSError) as error:
+            timeout = isinstance(error, TimeoutError)
+            reply = _error(
+                message, "the site did not answer in time" if timeout else "the site's process died"
+            )
+            self._stop()
+            if self._closed:
+                return
+            self._waiting.extendleft(reversed(self._sent))
+            self._sent.clear()
+            self._start()
+        self._deliver(reply)
 
 
 def _run_worker(connection: Connection, fleet: Fleet, faults: Faults) -> None:
     """Serve `connection` until it closes: a site's index and a message in, a reply out."""
     replies: list[Message] = []
     worker = InlineWorker(fleet, faults, replies.append)
+    content = RecordDict()
     while True:
         try:
             index = int.from_bytes(connection.recv_bytes(), "little")
-            message = _decode(connection.recv_bytes())
+            metadata = metadata_from_proto(ProtoMetadata.FromString(connection.recv_bytes()))
+            if data := connection.recv_bytes():
+                content = recorddict_from_proto(ProtoRecordDict.FromString(data))
         except EOFError:
             return
-        connection.send_bytes(_encode(worker.answer(index, message)))
+        # By its metadata: what is no reply is else stamped as this process's own.
+        message: Message = cast(Any, Message)(content=content, metadata=metadata)
+        reply = message_to_proto(worker.answer(index, message)).SerializeToString()
+        connection.send_bytes(reply)
+
+
+def _time_left(message: Message) -> float:
+    return float(message.metadata.created_at + message.metadata.ttl - time.time())
 
 
 def _error(message: Message, reason: str) -> Message:
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-
-
-def _encode(message: Message) -> bytes:
-    return bytes(message_to_proto(message).SerializeToString())
-
-
-def _decode(data: bytes) -> Message:
-    return message_from_proto(ProtoMessage.FromString(data))
