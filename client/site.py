@@ -348,7 +348,8 @@ def _digest(plan: RoundPlan, weights: Weights | None) -> str:
     """Of all that is asked."""
     asked = hashlib.sha256(plan.text.encode())
     for name, value in sorted((weights or {}).items()):
-        asked.update(name.encode() + b"\0" + value.tobytes())
+        asked.update(name.encode() + b"\0")
+        asked.update(np.ascontiguousarray(value).data)
     return asked.hexdigest()
 
 

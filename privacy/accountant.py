@@ -83,12 +83,22 @@ def merge(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
 
     In this order a ledger that grows keeps a long unchanged beginning, which is composed once.
     """
-    counts: dict[tuple[float, float], int] = {}
+    merged: Kinds = {}
     for event in events:
-        if event.count:
-            kind = (event.noise_multiplier, event.sample_rate)
-            counts[kind] = counts.pop(kind, 0) + event.count
-    return tuple(PrivacyEvent(*kind, count) for kind, count in counts.items())
+        add_event(merged, event)
+    return tuple(merged.values())
+
+
+Kinds = dict[tuple[float, float], PrivacyEvent]
+"""Events by noise and rate, the latest kind last."""
+
+
+def add_event(kinds: Kinds, event: PrivacyEvent) -> None:
+    """Count one more event, as `merge` does."""
+    if event.count:
+        kind = (event.noise_multiplier, event.sample_rate)
+        before = kinds.pop(kind, None)
+        kinds[kind] = event if before is None else PrivacyEvent(*kind, before.count + event.count)
 
 
 _Direction = Literal["ADD", "REMOVE"]

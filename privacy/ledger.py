@@ -18,13 +18,13 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from privacy.accountant import PrivacyEvent, epsilon
+from privacy.accountant import Kinds, PrivacyEvent, add_event, epsilon
 
 Population = Literal["train", "holdout"]
 """The two halves of a site. No visitor is in both."""
@@ -263,7 +263,7 @@ class Ledger:
     def events(self, population: Population) -> tuple[PrivacyEvent, ...]:
         """What was spent on `population`, by all runs, equal kinds added up."""
         with self._mutex:
-            return self._records.spent[None].events(population)
+            return tuple(self._records.spent[None].kinds[population].values())
 
     def epsilon(
         self, delta: float, *, run: str | None = None, also: Iterable[Release] = ()
@@ -273,9 +273,7 @@ class Ledger:
         Guarantee: `visitor_epsilon` of all of it. With `run`, of that run alone.
         """
         with self._mutex:
-            spent = self._records.spent.get(run, _Spent())
-            before = {half: spent.events(half) for half in get_args(Population)}
-        return _epsilon_of(before, also, delta)
+            return self._records.spent.get(run, _NONE).epsilon(delta, also)
 
     @property
     def head(self) -> tuple[int, str]:
@@ -337,16 +335,7 @@ def visitor_epsilon(releases: Iterable[Release], delta: float) -> float:
     visitor. A visitor is in one population, so the loss is the largest over populations (parallel
     composition); within one, all releases compose.
     """
-    return _epsilon_of({}, releases, delta)
-
-
-def _epsilon_of(
-    before: Mapping[Population, Sequence[PrivacyEvent]], also: Iterable[Release], delta: float
-) -> float:
-    events = {half: list(before.get(half, ())) for half in get_args(Population)}
-    for release in also:
-        events[release.population].append(release.event)
-    return max(epsilon(of_half, delta) for of_half in events.values())
+    return _NONE.epsilon(delta, releases)
 
 
 # Not every system has the faster one, which leaves the file's times unsynced.
@@ -372,23 +361,25 @@ _Key = tuple[str, int, str]
 
 
 class _Spent:
-    """Releases added up as they come, as `privacy.accountant.merge` does it of all at once."""
+    """Releases, added up as they come."""
 
     def __init__(self) -> None:
-        self._counts: dict[Population, dict[tuple[float, float], int]] = {
-            half: {} for half in get_args(Population)
-        }
+        self.kinds: dict[Population, Kinds] = {half: {} for half in get_args(Population)}
 
     def add(self, release: Release) -> None:
-        """Count what one more release spends."""
-        counts, event = self._counts[release.population], release.event
-        if event.count:
-            kind = (event.noise_multiplier, event.sample_rate)
-            counts[kind] = counts.pop(kind, 0) + event.count
+        """Count one more."""
+        add_event(self.kinds[release.population], release.event)
 
-    def events(self, population: Population) -> tuple[PrivacyEvent, ...]:
-        """All that was spent on `population`, the latest kind last."""
-        return tuple(PrivacyEvent(*kind, n) for kind, n in self._counts[population].items())
+    def epsilon(self, delta: float, also: Iterable[Release]) -> float:
+        """`visitor_epsilon` of them, and of `also`."""
+        more = [(release.population, release.event) for release in also]
+        return max(
+            epsilon([*kinds.values(), *(event for of, event in more if of == half)], delta)
+            for half, kinds in self.kinds.items()
+        )
+
+
+_NONE = _Spent()
 
 
 @dataclass

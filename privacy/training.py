@@ -155,7 +155,8 @@ class Trainer:
             TypeError: `training.clipping_engine` has no way to clip a layer of the model.
         """
         self._parameters.set(weights)
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         optimizer = _optimizer(self._parameters.vector, training)
         steps = _until(stopped, self._steps(examples, training, randomness))
         if training.noise_multiplier > 0:

@@ -26,9 +26,10 @@ def weights_fault(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> st
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             return f"weights.{name}: shape {weights[name].shape} instead of {shape}"
-        if not np.isfinite(weights[name]).all():
-            return f"weights.{name}: a value is not finite"
-    return ""
+    if not shapes or np.isfinite(flat(weights)).all():
+        return ""
+    broken = next(name for name in shapes if not np.isfinite(weights[name]).all())
+    return f"weights.{broken}: a value is not finite"
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,12 @@ def test_a_model_travels_as_one_array_however_many_it_has() -> None:
     assert len(plan_records(PLAN, WEIGHTS).array_records["weights"]) == 1
 
 
-def test_a_model_that_came_can_be_trained() -> None:
-    _, weights = read_plan(plan_records(PLAN, WEIGHTS))
-    assert all(value.flags.writeable for value in weights.values())
+def test_a_model_that_came_is_shared_and_cannot_be_changed() -> None:
+    (_, one), (_, other) = (read_plan(plan_records(PLAN, WEIGHTS)) for _ in range(2))
+    for name, value in one.items():
+        assert value is other[name]
+        with pytest.raises(ValueError, match="read-only"):
+            value[...] = 0
 
 
 def test_a_plan_without_a_model() -> None:
