@@ -82,7 +82,7 @@ def watch_all(clock: Clock) -> None:
     arithmetic = "model: forward and backward"
     clock.watch(BookKeeping, "forward", arithmetic)
     clock.watch(torch.autograd, "grad", arithmetic)
-    clock.watch(Chain, "uses", arithmetic)
+    clock.watch(Chain, "backward", arithmetic)
     clock.watch(TouchpointBag, "forward", arithmetic)
     clipping = "clipping: norms and weighted sums"
     clock.watch(BookKeeping, "visitor_gradients", clipping)

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from privacy.gradients import Use
-
 _Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 
 _ACTIVATIONS: dict[type[nn.Module], _Activation] = {
@@ -24,14 +22,14 @@ _ACTIVATIONS: dict[type[nn.Module], _Activation] = {
 
 
 class Chain:
-    """Linear layers, each with an activation after it or none."""
+    """Linear layers with a bias, each with an activation after it or none."""
 
     @classmethod
     def of(cls, layers: Sequence[nn.Module]) -> Chain | None:
         """Of `layers`, in order; None where others are among them, or one twice."""
         steps: list[tuple[nn.Linear, _Activation | None]] = []
         for layer in layers:
-            if type(layer) is nn.Linear:
+            if type(layer) is nn.Linear and layer.bias is not None:
                 steps.append((layer, None))
             elif type(layer) in _ACTIVATIONS and steps and steps[-1][1] is None:
                 steps[-1] = (steps[-1][0], _ACTIVATIONS[type(layer)])
@@ -55,19 +53,19 @@ class Chain:
         return x
 
     @torch.no_grad()
-    def uses(self, gradient: Tensor) -> dict[nn.Module, list[Use]]:
-        """Of each layer what went in, and the gradient of what came out, before the activation.
+    def backward(self, gradient: Tensor) -> list[tuple[nn.Linear, Tensor, Tensor]]:
+        """Each layer with what went in (R, I), and the gradient of what came out before activation.
 
         Args:
             gradient: (R, O), by the result of the last call of `forward`.
         """
-        uses: dict[nn.Module, list[Use]] = {}
+        layers: list[tuple[nn.Linear, Tensor, Tensor]] = []
         came_out = self._passed.pop()
         for layer, activation in reversed(self._steps):
             if activation is not None:
                 gradient = activation[1](gradient, came_out)
             came_out = self._passed.pop()
-            uses[layer] = [(came_out, gradient)]
+            layers.append((layer, came_out, gradient))
             if self._passed:
                 gradient = gradient @ layer.weight
-        return uses
+        return layers

@@ -17,7 +17,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from models.feed_forward import FeedForward
 from privacy.chain import Chain
-from privacy.gradients import GRADIENTS, Kept, Use, VisitorGradients, visitor_gradients
+from privacy.gradients import (
+    GRADIENTS,
+    Kept,
+    OuterProducts,
+    Use,
+    VisitorGradients,
+    visitor_gradients,
+)
 
 ADVICE = "use layers of privacy.gradients.GRADIENTS, or set privacy.clipping_engine=opacus"
 NOT_PER_VISITOR = (
@@ -93,9 +100,11 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
     ) -> list[VisitorGradients]:
         """Of all parameters, layer by layer; see `Engine`."""
         if self._chain is not None:
-            uses = self._chain.uses(gradient.unsqueeze(1))
-        else:
-            uses = self._uses_by_autograd(output, gradient)
+            layers = self._chain.backward(gradient.unsqueeze(1))
+            if each == 1:
+                return [OuterProducts(layers)]
+            return visitor_gradients({layer: [(x, g)] for layer, x, g in layers}, each)
+        uses = self._uses_by_autograd(output, gradient)
         examples = output.shape[0]
         for layer, used in uses.items():
             if not used or any(x.shape[0] != examples for use in used for x in use):
