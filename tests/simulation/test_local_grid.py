@@ -4,6 +4,8 @@ import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from journeys.site import SiteJourneys
 from privacy.ledger import Ledger, LedgerBusyError
 from protocol.exchange import Request, read_replies, request_parts
 from protocol.records import from_records, to_records
-from protocol.replies import SiteDescription, Weights
+from protocol.replies import SiteDescription, SiteUpdate, Weights
 from server.federation import Federation
 from server.rounds import first_plan, initial_weights
 from simulation.faults import Fault, Faults
@@ -34,8 +36,8 @@ PLAN = first_plan(CONFIG, "run")
 SIZES = (5, 9, 7)
 
 
-def records_of(ask: str, weights: Weights | None = None) -> RecordDict:
-    return to_records(request_parts(Request({ask: PLAN}, weights or {})))
+def records_of(ask: str, weights: Weights | None = None, round_: int = 0) -> RecordDict:
+    return to_records(request_parts(Request({ask: replace(PLAN, round=round_)}, weights or {})))
 
 
 def examples(n: int) -> Examples:
@@ -167,3 +169,54 @@ def test_a_site_behind_a_hanging_one_is_not_blamed_for_it(fleet: Fleet) -> None:
         2: "another site of its worker took all the time",
         3: "another site of its worker took all the time",
     }
+
+
+@pytest.mark.slow
+def test_messages_of_different_content_reach_a_worker_one_by_one(fleet: Fleet) -> None:
+    weights = initial_weights(CONFIG)
+    contents = [records_of("describe"), records_of("train", weights), records_of("describe")]
+    with LocalGrid(fleet, workers=1) as grid:
+        messages = [
+            Message(content, node, kind, group_id="1", ttl=60.0)
+            for content, kind in zip(contents, ("query", "train", "query"), strict=True)
+            for node in (1, 2, 3)
+        ]
+        replies = grid.send_and_receive(messages, timeout=60.0)
+
+    told = [next(iter(read_replies(from_records(r.content)).items())) for r in replies]
+    assert Counter((ask, answer.site) for ask, answer in told) == {
+        (ask, f"site {i}"): times
+        for ask, times in (("describe", 2), ("train", 1))
+        for i in range(3)
+    }
+
+
+@pytest.mark.slow
+def test_what_a_dying_worker_had_not_begun_is_answered_by_the_next(fleet: Fleet) -> None:
+    faults = Faults(((1, 1, Fault.CRASH),))
+    records = records_of("train", initial_weights(CONFIG), 1)
+    with LocalGrid(fleet, workers=1, faults=faults) as grid:
+        messages = [Message(records, node, "train", group_id="1", ttl=60.0) for node in (1, 2, 3)]
+        replies = {r.metadata.src_node_id: r for r in grid.send_and_receive(messages, timeout=60.0)}
+
+    assert replies[2].error.reason == "the site's process died"
+    for node in (1, 3):
+        update = read_replies(from_records(replies[node].content))["train"]
+        assert isinstance(update, SiteUpdate)
+        assert update.site == f"site {node - 1}"
+
+
+def test_who_asks_for_replies_is_woken_when_one_comes(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LocalGrid(fleet, workers=0) as grid:
+        message = Message(records_of("describe"), 1, "query", group_id="0", ttl=60.0)
+        message.metadata.__dict__["_message_id"] = "later"
+        reply = Message(RecordDict(), reply_to=message)
+        monkeypatch.setattr("simulation.local_grid._MOMENT_S", 60.0)
+        with ThreadPoolExecutor() as threads:
+            waiting = threads.submit(lambda: list(grid.pull_messages(["later", "never"])))
+            grid._deliver(reply)
+            assert waiting.result(30.0) == [reply]
+        monkeypatch.setattr("simulation.local_grid._MOMENT_S", 0.0)
+        assert list(grid.pull_messages(["later", "never"])) == []
