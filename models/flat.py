@@ -27,7 +27,7 @@ class FlatParameters:
         for p, part in self.split(self.vector.detach()).items():
             p.data, p.grad = part, gradients[p]
         self.total = torch.zeros_like(self.vector, requires_grad=False)
-        """(P,) where gradients are added up, apart from where a backward pass writes them."""
+        """(P,) where one optimizer adds gradients up, apart from where a backward pass writes."""
         self.totals = self.split(self.total)
         """The part of each parameter."""
         self._arrays = {name: p.detach().numpy() for name, p in named.items()}

@@ -154,7 +154,8 @@ def _compose(
     origin = sum(kind.count * loss.first for kind, loss in zip(kinds, losses, strict=True))
     first = max(first, 0)
     last = max(last, first)
-    probabilities = np.maximum(composed[(np.arange(first, last + 1) - origin) % size], 0.0)
+    begin = (first - origin) % size
+    probabilities = np.maximum(np.roll(composed, -begin)[: last - first + 1], 0.0)
     infinite = -math.expm1(counts @ np.log1p([-loss.infinite for loss in losses]))
     return first, probabilities, infinite + _TAIL + _ROUNDING * counts.sum()
 
@@ -165,7 +166,7 @@ def _spectrum(
     """Fourier transform of the composed distribution, as if each began at loss 0."""
     if len(kinds) == 1:
         noise, rate, count = kinds[0].noise_multiplier, kinds[0].sample_rate, kinds[0].count
-        return np.fft.rfft(_loss(noise, rate, grid, direction).probabilities, size) ** count
+        return _power(np.fft.rfft(_loss(noise, rate, grid, direction).probabilities, size), count)
     # Blocks of 2^k kinds that start at multiples of 2^k stay as they are when kinds are appended.
     half = 1 << (len(kinds) - 1).bit_length() - 1
     rest = _spectrum(kinds[half:], grid, direction, size)
@@ -173,6 +174,19 @@ def _spectrum(
 
 
 _block_spectrum = lru_cache(maxsize=256)(_spectrum)
+
+
+def _power(values: npt.NDArray[np.complex128], exponent: int) -> npt.NDArray[np.complex128]:
+    """Each value to the power of `exponent`, 1 or more: a product for each bit, not a logarithm."""
+    result = None
+    while True:
+        if exponent & 1:
+            result = values if result is None else result * values
+        exponent >>= 1
+        if not exponent:
+            assert result is not None
+            return result
+        values = values * values
 
 
 def _solve(first: int, probabilities: Floats, infinite: float, grid: float, delta: float) -> float:

@@ -91,7 +91,7 @@ class LocalGrid(Grid):
         """
         asked = dict.fromkeys(message_ids).keys()
         with self._came:
-            self._came.wait_for(lambda: not asked.isdisjoint(self._replies), _MOMENT_S)
+            self._came.wait_for(lambda: not (asked and asked.isdisjoint(self._replies)), _MOMENT_S)
             came = [one for one in self._replies if one in asked]
             return [reply for one in came for reply in self._replies.pop(one)]
 

@@ -15,7 +15,7 @@ from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy.special import log_ndtr, ndtr
 
 from privacy import accountant
-from privacy.accountant import PrivacyEvent, epsilon
+from privacy.accountant import PrivacyEvent, _power, epsilon
 
 
 def test_reference_point() -> None:
@@ -201,3 +201,12 @@ def test_more_noise_fewer_steps_and_rarer_draws_spend_less(
     assert epsilon([PrivacyEvent(noise * 1.1, rate, count)], 1e-5) < spent
     assert epsilon([PrivacyEvent(noise, rate * 0.9, count)], 1e-5) < spent
     assert epsilon([PrivacyEvent(noise, rate, 2 * count)], 1e-5) > spent
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**16))
+def test_a_power_is_the_power_in_more_digits(exponent: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    spectrum = np.fft.rfft(rng.dirichlet(np.ones(8)), 16)
+    exact = spectrum.astype(np.clongdouble) ** exponent
+    error = np.abs(_power(spectrum, exponent) - exact)
+    assert error.max() <= exponent * 2.0**-52
