@@ -47,8 +47,6 @@ STEPS = 200
 
 def large(model: str, touchpoints: int, repeats: int) -> None:
     """One site of so many touchpoints beside a small one."""
-    import numpy as np
-
     from journeys.examples import Examples
     from journeys.features import feature_spec
     from models.registry import build
@@ -77,7 +75,7 @@ def large(model: str, touchpoints: int, repeats: int) -> None:
                 training = LocalTraining(
                     1 / batches, STEPS, float(BATCH), NOISE, CLIP, config.optimizer
                 )
-                seed = SeededRandomness(np.random.SeedSequence(repeat))
+                seed = SeededRandomness(repeat)
                 started = time.perf_counter()
                 trainer.train(weights, examples, training, seed)
                 if repeat:

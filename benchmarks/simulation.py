@@ -57,8 +57,6 @@ ENGINES = ("plain", "opacus", "direct", "local0", "local1", "local2", "ray2")
 
 def direct(fleet: Fleet, config: Config) -> None:
     """What a site of ours does in `Trainer.train`, and nothing around it."""
-    import numpy as np
-
     from journeys.features import feature_spec
     from models.registry import build
     from privacy.randomness import SeededRandomness
@@ -76,8 +74,8 @@ def direct(fleet: Fleet, config: Config) -> None:
             training = LocalTraining(
                 1 / batches, batches, len(examples) / batches, NOISE, CLIP, config.optimizer
             )
-            seed = np.random.SeedSequence(0, spawn_key=(index, round_))
-            trained.append(trainer.train(state, examples, training, SeededRandomness(seed)))
+            seed = SeededRandomness(0, index, round_)
+            trained.append(trainer.train(state, examples, training, seed))
         state.update(mean(trained))
 
     serve(one_round)

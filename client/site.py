@@ -260,7 +260,7 @@ class Site:
             return SystemRandomness()
         seed, site = self._seed
         key = (site, round_, _KINDS.index(kind))
-        return SeededRandomness(np.random.SeedSequence(seed, spawn_key=key))
+        return SeededRandomness(seed, *key)
 
 
 def local_training(plan: RoundPlan, visitors: float) -> LocalTraining:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -55,6 +56,13 @@ class Examples:
             raise ValueError(f"{len(self.visitor)} visitors of {len(self)} examples")
         order = np.argsort(self.visitor, kind="stable")
         return order, np.unique(self.visitor, return_counts=True)[1]
+
+    def unload(self) -> None:
+        """Give back the memory of what was read through a memory map; it can be read again."""
+        for array in self._arrays().values():
+            # Not every system can be told.
+            if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                array.base.madvise(mmap.MADV_DONTNEED)
 
     def save(self, folder: Path) -> None:
         """Write one `.npy` file a field into `folder`."""

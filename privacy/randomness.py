@@ -125,9 +125,9 @@ class SeededRandomness:
 
     repeatable = True
 
-    def __init__(self, seed: np.random.SeedSequence) -> None:
-        """Start from `seed`, which is left as it is."""
-        self._seed = seed
+    def __init__(self, *seed: int) -> None:
+        """Start from `seed`: numbers of which each other combination gives other draws."""
+        self._entropy, *self._key = seed
 
     def uniform(self, n: int) -> Floats64:
         """(n,) uniform on the multiples of 2^-53 in [0, 1)."""
@@ -161,11 +161,8 @@ class SeededRandomness:
         return self._stream(1)
 
     def _stream(self, *key: int) -> np.random.Generator:
-        # Not seed.spawn, which answers anew each time.
-        spawn_key = (*self._seed.spawn_key, *key)
-        return np.random.default_rng(
-            np.random.SeedSequence(self._seed.entropy, spawn_key=spawn_key)
-        )
+        spawn_key = (*self._key, *key)
+        return np.random.default_rng(np.random.SeedSequence(self._entropy, spawn_key=spawn_key))
 
 
 def _check(deviation: float) -> None:

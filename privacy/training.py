@@ -272,6 +272,7 @@ class _KeptBags:
             if size > self._free:
                 return None
             whole = self._whole(examples)
+            examples.unload()
             self._free -= size
             self._kept[key] = ref(examples, lambda _: self._drop(key, size)), whole
         return self._kept[key][1]

@@ -147,7 +147,7 @@ def audit_builds(
 
 
 def _judge(config: Config, site: _Site, build: Build, number: int) -> Finding:
-    seeds = [np.random.SeedSequence(config.seed, spawn_key=(1, number, i)) for i in range(4)]
+    seeds = [(config.seed, 1, number, i) for i in range(4)]
     initial = initial_weights(config.model, site.spec, config.seed)
     entries = site.loud.entries
 
@@ -165,7 +165,7 @@ def _judge(config: Config, site: _Site, build: Build, number: int) -> Finding:
     membership = infer_membership(
         _surety(config, site, weights, _one_each(site.own)),
         _surety(config, site, weights, site.held_out),
-        np.random.default_rng(seeds[3]),
+        np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=seeds[3][1:])),
     )
     allowed = largest_true_positive_rate(FALSE_POSITIVE_RATE, claimed, _promise(config).delta)
     return Finding(build.name, claimed, white_box, black_box, membership, allowed)
@@ -192,15 +192,12 @@ def _train(
     visitors: Examples,
     build: Build,
     loud: LoudCanaries | None,
-    seed: np.random.SeedSequence,
+    seed: tuple[int, ...],
 ) -> tuple[Weights, float]:
     """The model after all rounds with one site, and the epsilon that the build claims for it."""
     promise = _promise(config)
     count = GaussianCount(promise.count_noise)
-    rounds = [
-        SeededRandomness(np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, round_)))
-        for round_ in range(config.rounds + 1)
-    ]
+    rounds = [SeededRandomness(*seed, round_) for round_ in range(config.rounds + 1)]
     training = local_training(
         first_plan(config, "audit"), count.release(visitors.visitors, rounds[0])
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,35 @@ def test_of_large_files_the_same_is_read_without_their_map(
         file.truncate(200)
     with pytest.raises(OSError, match=r"numeric\.npy: shorter than it was"):
         opened.take(np.array([4]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_unloaded_takes_no_memory_and_can_be_read_again(tmp_path: Path) -> None:
+    n = 20_000
+    saved = Examples(
+        np.ones((n, 20, 4), np.uint16),
+        np.ones((n, 20, 2), np.float32),
+        np.full(n, 20, np.int32),
+        np.ones(n, np.float32),
+    )
+    saved.save(tmp_path)
+    examples = Examples.open(tmp_path)
+
+    def mapped_kb() -> int:
+        """Of this file, in this process's memory."""
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        return sum(
+            int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+            for head in lines
+            if head.endswith(str(tmp_path / "numeric.npy"))
+        )
+
+    for _ in range(2):
+        assert float(examples.numeric.sum()) == n * 20 * 2
+        assert mapped_kb() > 3000
+        examples.unload()
+        assert mapped_kb() == 0
+    saved.unload()
 
 
 def test_visitors_of_different_parts_are_different() -> None:

@@ -281,7 +281,7 @@ def test_a_visitor_of_twenty_journeys_adds_no_more_than_the_clipping_norm(
         noise_multiplier=0.0,
         clipping_norm=0.05,
         expected_batch_size=1.0,
-        randomness=SeededRandomness(np.random.SeedSequence(0)),
+        randomness=SeededRandomness(0),
     )
     examples = some_examples([1, 2, 3, 4, 5, 6] * 4, seed=3)
     examples.numeric[4:, 0] = outlier

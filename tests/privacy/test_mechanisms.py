@@ -16,7 +16,7 @@ from privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 def randomness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Randomness:
     """Either source; the system's keys are those of a fixed sequence."""
     if request.param == "seeded":
-        return SeededRandomness(np.random.SeedSequence(0))
+        return SeededRandomness(0)
     monkeypatch.setattr("privacy.randomness.urandom", np.random.default_rng(0).bytes)
     return SystemRandomness()
 

@@ -35,7 +35,7 @@ def optimizer_over(
         noise_multiplier=noise_multiplier,
         clipping_norm=clipping_norm,
         expected_batch_size=batch,
-        randomness=SeededRandomness(np.random.SeedSequence(0)),
+        randomness=SeededRandomness(0),
     )
 
 

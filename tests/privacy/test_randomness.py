@@ -27,7 +27,7 @@ CHANCE = 1e-4
 
 
 def seeded(seed: int = 0) -> SeededRandomness:
-    return SeededRandomness(np.random.SeedSequence(seed))
+    return SeededRandomness(seed)
 
 
 @pytest.fixture(params=["seeded", "system"])
@@ -127,9 +127,10 @@ def test_a_seed_repeats_and_the_system_does_not() -> None:
     assert not SystemRandomness().repeatable
 
 
-def test_a_seed_is_left_as_it_is() -> None:
-    seed = np.random.SeedSequence(3, spawn_key=(4,))
-    assert (SeededRandomness(seed).normal(5) == SeededRandomness(seed).normal(5)).all()
+def test_every_number_of_a_seed_counts() -> None:
+    seeds = [(3,), (3, 0), (3, 4), (4, 3), (3, 4, 0)]
+    assert len({SeededRandomness(*seed).normal(5).tobytes() for seed in seeds}) == len(seeds)
+    assert (SeededRandomness(3, 4).normal(5) == SeededRandomness(3, 4).normal(5)).all()
 
 
 def test_every_call_has_a_new_key(monkeypatch: pytest.MonkeyPatch) -> None:

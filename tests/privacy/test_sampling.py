@@ -21,7 +21,7 @@ def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def seeded(seed: int = 0) -> Randomness:
-    return SeededRandomness(np.random.SeedSequence(seed))
+    return SeededRandomness(seed)
 
 
 def drawn(visitors: int, rate: float, steps: int, randomness: Randomness) -> np.ndarray:

@@ -31,7 +31,7 @@ TOUCHPOINTS, VALUES, NUMERIC = 5, 7, 3
 
 
 def seed(number: int = 7) -> SeededRandomness:
-    return SeededRandomness(np.random.SeedSequence(number))
+    return SeededRandomness(number)
 
 
 ALMOST_NO_NOISE = 1e-12
@@ -451,7 +451,7 @@ from privacy.training import LocalTraining, Trainer
 nobody = Examples(*(numpy.zeros(0, numpy.float32) for _ in range(4)))
 training = LocalTraining(0.1, 1, 1.0, 0.0, 1.0, OptimizerConfig())
 weights = {"weight": numpy.zeros((1, 1)), "bias": numpy.zeros(1)}
-randomness = SeededRandomness(numpy.random.SeedSequence(0))
+randomness = SeededRandomness(0)
 Trainer(torch.nn.Linear(1, 1)).train(weights, nobody, training, randomness)
 sys.exit("opacus" in sys.modules)
 """

@@ -86,11 +86,10 @@ def test_the_sound_build_is_the_products_training_bit_for_bit() -> None:
     (journeys,) = load_sites(config.data, config.seed)
     site = audit._site(config, journeys, 50)
     weights = initial_weights(config.model, site.spec, config.seed)
-    seed = np.random.SeedSequence(5)
     product = Trainer(build_model(config.model, site.spec)).train(
-        weights, site.with_canaries, training(config), SeededRandomness(seed)
+        weights, site.with_canaries, training(config), SeededRandomness(5)
     )
-    randomness = BrokenRandomness(SeededRandomness(seed), SOUND)
+    randomness = BrokenRandomness(SeededRandomness(5), SOUND)
     audited = BrokenTrainer(build_model(config.model, site.spec), SOUND, None).train(
         weights, site.with_canaries, training(config), randomness
     )
@@ -111,7 +110,7 @@ def test_a_loud_canary_passes_the_products_clipping(clips: bool, norm: float) ->
         weights,
         site.with_canaries,
         always,
-        BrokenRandomness(SeededRandomness(np.random.SeedSequence(5)), build),
+        BrokenRandomness(SeededRandomness(5), build),
     )
     entries = site.loud.entries
     moved = (weights[site.loud.parameter] - trained[site.loud.parameter]).ravel()[entries]
@@ -124,7 +123,7 @@ def test_shuffled_batches_take_every_visitor_in_turn() -> None:
     config = small_config()
     shuffled = BrokenTrainer(torch.nn.Linear(1, 1), Build("", poisson=False), None)
     plan = replace(training(config), sample_rate=1 / 4, steps=8)
-    honest = SeededRandomness(np.random.SeedSequence(0))
+    honest = SeededRandomness(0)
     drawn = np.zeros((8, 103), dtype=bool)
     for step, rows in enumerate(shuffled._draw(103, plan, honest)):
         drawn[step, rows] = True
@@ -135,8 +134,7 @@ def test_shuffled_batches_take_every_visitor_in_turn() -> None:
 
 
 def test_less_noise_is_less_noise() -> None:
-    seed = np.random.SeedSequence(0)
-    full, tenth = SeededRandomness(seed), SeededRandomness(seed)
+    full, tenth = SeededRandomness(0), SeededRandomness(0)
     broken = BrokenRandomness(tenth, BY_NAME["a tenth of the noise"])
     np.testing.assert_allclose(broken.normal(10), 0.1 * full.normal(10), rtol=1e-6)
     assert (broken.uniform(10) == full.uniform(10)).all()
