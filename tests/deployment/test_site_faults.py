@@ -155,7 +155,7 @@ def test_a_site_that_leaves_for_good_is_missed_and_one_that_comes_late_joins(
     assert set(hit) <= {"missing", ""}, hit
     assert_charged(federation, run.folder.name, hit)
 
-    with federation.running_run(*SLOW, "rounds=8", "strategy.join_timeout_s=3") as run:
+    with federation.running_run(*SLOW, "rounds=8", "strategy.join_timeout_s=10") as run:
         run.wait_rounds(1)
         federation.join(HIT)
         run.end()
