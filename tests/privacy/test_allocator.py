@@ -44,7 +44,7 @@ print(last)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
 def test_training_uses_the_memory_again_that_it_freed() -> None:
-    """Where glibc gives it back, these 20 steps of a GRU have some ten thousand page faults."""
+    """Where glibc gives it back, these 20 steps of a GRU have tens of thousands of page faults."""
     root = Path(__file__).parents[2]
     words = [sys.executable, "-c", FAULTS]
     done = subprocess.run(words, cwd=root, check=True, capture_output=True, text=True)
