@@ -47,10 +47,13 @@ def draw_steps(visitors: int, rate: float, steps: int, randomness: Randomness) -
 
 
 def _draw_block(visitors: int, rate: float, steps: int, randomness: Randomness) -> Iterator[Ints64]:
-    times = np.searchsorted(_at_most(steps, rate), randomness.uniform(visitors), side="right")
-    visitor = np.repeat(np.arange(visitors), times)
+    chance, at_most = randomness.uniform(visitors), _at_most(steps, rate)
+    # Most may take part in none: those who do are found first.
+    some = np.flatnonzero(chance >= at_most[0])
+    times = np.searchsorted(at_most, chance[some], side="right")
+    visitor = np.repeat(some, times)
     step = _whole(randomness, len(visitor), steps)
-    several = np.flatnonzero(times[visitor] > 1)
+    several = np.flatnonzero(np.repeat(times, times) > 1)
     while len(several := _drawn_twice(several, visitor, step)):
         step[several] = _whole(randomness, len(several), steps)
     order = np.argsort(step, kind="stable")
