@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,8 @@ class SiteJourneys:
     """(N_holdout,) true conversion probability of each holdout example; synthetic data only."""
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
+@lru_cache(maxsize=2**14)
+def natural_order(name: str) -> tuple[tuple[int, str], ...]:
     """A key that sorts "site 2" before "site 10"."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]
+    parts = re.split(r"(\d+)", name)
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)

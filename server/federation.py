@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -175,6 +176,7 @@ class Federation:
     def _hear_who(self, plan: RoundPlan) -> bool:
         """Take in who has joined since; whether anybody answered."""
         waiting = list(self._asked)
+        came: dict[int, SiteDescription] = {}
         for message in self._grid.pull_messages(waiting) if waiting else ():
             node = _sender(message, self._asked)
             if node is None:
@@ -186,17 +188,18 @@ class Federation:
             answer = self._read(node, message, _who(plan))["describe"]
             self._failures.pop(node, None)
             if isinstance(answer, SiteDescription):
-                self._welcome(node, answer)
+                came[node] = answer
             elif isinstance(answer, SiteFailure):
                 self._failures[node] = answer
+        if came:
+            self._welcome(came)
         return len(self._asked) < len(waiting)
 
-    def _welcome(self, node: int, description: SiteDescription) -> None:
-        if description.site in self.descriptions:
-            raise JoinError(
-                f"two sites call themselves {description.site!r}: site names must differ"
-            )
-        joined = {**self._nodes, node: description}
+    def _welcome(self, came: Mapping[int, SiteDescription]) -> None:
+        joined = {**self._nodes, **came}
+        name, times = Counter(one.site for one in joined.values()).most_common(1)[0]
+        if times > 1:
+            raise JoinError(f"two sites call themselves {name!r}: site names must differ")
         order = sorted(joined, key=lambda one: natural_order(joined[one].site))
         self._nodes = {one: joined[one] for one in order}
 
