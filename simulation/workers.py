@@ -14,16 +14,6 @@ from typing import Any, cast
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import (
-    message_from_proto,
-    message_to_proto,
-    recorddict_from_proto,
-    recorddict_to_proto,
-)
-from flwr.common.serde_utils import metadata_from_proto, metadata_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.message_pb2 import Metadata as ProtoMetadata
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from simulation.faults import Faults, misbehave
 from simulation.fleet import PARTITION, Fleet
@@ -162,12 +152,8 @@ class ProcessWorker:
 
     def _hand_over(self, index: int, message: Message) -> None:
         """Messages to several sites share their content, which is sent once."""
-        content = b""
-        if message.content is not self._content:
-            content = recorddict_to_proto(message.content).SerializeToString()
-        metadata = metadata_to_proto(message.metadata).SerializeToString()
-        for part in (index.to_bytes(4, "little"), metadata, content):
-            self._connection.send_bytes(part)
+        known = message.content is self._content
+        self._connection.send((index, message.metadata, None if known else message.content))
         self._content = message.content
 
     def _receive(self) -> None:
@@ -176,7 +162,7 @@ class ProcessWorker:
         try:
             if not self._connection.poll(max(_time_left(message), 0)):
                 raise TimeoutError
-            reply = message_from_proto(ProtoMessage.FromString(self._connection.recv_bytes()))
+            reply = self._connection.recv()
         except (EOFError, OSError) as error:
             timeout = isinstance(error, TimeoutError)
             reply = _error(
@@ -198,16 +184,13 @@ def _run_worker(connection: Connection, fleet: Fleet, faults: Faults) -> None:
     content = RecordDict()
     while True:
         try:
-            index = int.from_bytes(connection.recv_bytes(), "little")
-            metadata = metadata_from_proto(ProtoMetadata.FromString(connection.recv_bytes()))
-            if data := connection.recv_bytes():
-                content = recorddict_from_proto(ProtoRecordDict.FromString(data))
+            index, metadata, new = connection.recv()
         except EOFError:
             return
+        content = content if new is None else new
         # By its metadata: what is no reply is else stamped as this process's own.
         message: Message = cast(Any, Message)(content=content, metadata=metadata)
-        reply = message_to_proto(worker.answer(index, message)).SerializeToString()
-        connection.send_bytes(reply)
+        connection.send(worker.answer(index, message))
 
 
 def _time_left(message: Message) -> float:
