@@ -57,7 +57,7 @@ def _fault(
     if shapes == {name: value.shape for name, value in update.items()}:
         # In float64 only what is not finite has a norm that is not.
         norm = float(np.linalg.norm(flat(update) - before))
-    if norm <= max_update_norm:
+    if math.isfinite(norm) and norm <= max_update_norm:
         return ""
     fault = weights_fault(update, shapes)
     return fault or f"update of norm {norm:.3g}, strategy.max_update_norm={max_update_norm:g}"

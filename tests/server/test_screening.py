@@ -62,6 +62,14 @@ BAD: dict[str, tuple[Weights, str]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["NaN", "infinity"])
+def test_without_a_bound_what_is_not_finite_is_dropped_all_the_same(kind: str) -> None:
+    weights, reason = BAD[kind]
+    kept, failed = screen_updates([update("a", weights)], GLOBAL, max_update_norm=np.inf)
+    assert not kept
+    assert failed[0].reason.startswith(reason)
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_update_costs_its_site_alone(kind: str) -> None:
     weights, reason = BAD[kind]
