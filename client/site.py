@@ -259,8 +259,7 @@ class Site:
         if self._seed is None:
             return SystemRandomness()
         seed, site = self._seed
-        key = (site, round_, _KINDS.index(kind))
-        return SeededRandomness(seed, *key)
+        return SeededRandomness(seed, site, round_, _KINDS.index(kind))
 
 
 def local_training(plan: RoundPlan, visitors: float) -> LocalTraining:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from models.weights import check_shapes
+from models.weights import copy_weights
 
 
 class FlatParameters:
@@ -39,9 +39,7 @@ class FlatParameters:
 
     def set(self, weights: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Copy `weights` into the parameters. Raises as `models.weights.set_weights`."""
-        check_shapes(weights, self._arrays)
-        for name, array in self._arrays.items():
-            np.copyto(array, weights[name])
+        copy_weights(weights, self._arrays)
 
     def get(self) -> dict[str, npt.NDArray[np.float32]]:
         """Copies of the parameters, by name."""

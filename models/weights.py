@@ -20,19 +20,18 @@ def set_weights(model: nn.Module, weights: Mapping[str, npt.NDArray[np.float32]]
     Raises:
         RuntimeError: A name or a shape differs from the model's. The model is as it was.
     """
-    arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    check_shapes(weights, arrays)
-    for name, array in arrays.items():
-        np.copyto(array, weights[name])
+    copy_weights(weights, {name: p.detach().numpy() for name, p in model.named_parameters()})
 
 
-def check_shapes(
+def copy_weights(
     weights: Mapping[str, npt.NDArray[np.float32]], arrays: Mapping[str, npt.NDArray[np.float32]]
 ) -> None:
-    """Raise `RuntimeError` where `weights` have another name or shape than a model's `arrays`."""
+    """Copy `weights` into a model's `arrays`. Raises as `set_weights`."""
     given, expected = ({name: a.shape for name, a in x.items()} for x in (weights, arrays))
     if given != expected:
         name = min(set(given.items()) ^ set(expected.items()))[0]
         raise RuntimeError(
             f"{name}: shape {given.get(name)} where the model has {expected.get(name)}"
         )
+    for name, array in arrays.items():
+        np.copyto(array, weights[name])

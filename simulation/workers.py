@@ -139,11 +139,11 @@ class ProcessWorker:
             if self._sent and message.content is not self._content:
                 # It is large: the process, while it sends a reply, may have no room to take it.
                 return
-            self._sent.append(self._waiting.popleft())
+            self._waiting.popleft()
             if _time_left(message) <= 0:
-                self._sent.pop()
                 self._deliver(_error(message, "another site of its worker took all the time"))
                 continue
+            self._sent.append((index, message))
             try:
                 self._hand_over(index, message)
             except OSError:
