@@ -72,6 +72,7 @@ def watch_all(clock: Clock) -> None:
     from models.embedding import TouchpointBag
     from models.flat import FlatParameters
     from privacy.chain import Chain
+    from privacy.descent import Descent
     from privacy.engines import BookKeeping
     from privacy.ledger import Ledger
     from privacy.optimizer import VisitorDPOptimizer
@@ -96,7 +97,7 @@ def watch_all(clock: Clock) -> None:
     copies = "copies of the weights, new optimizers"
     clock.watch(FlatParameters, "set", copies)
     clock.watch(FlatParameters, "get", copies)
-    clock.watch(privacy.training, "_optimizer", copies)
+    clock.watch(Descent, "__init__", copies)
     clock.watch(privacy.training, "_make_private", copies)
     for call in ("reserve", "commit"):
         clock.watch(Ledger, call, "ledger")

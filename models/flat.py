@@ -22,8 +22,10 @@ class FlatParameters:
         self._sizes = [p.numel() for p in self._parameters]
         self.vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self._parameters]))
         """(P,) all of them; what an optimizer steps."""
-        self.vector.grad = torch.zeros_like(self.vector, requires_grad=False)
-        gradients = self.split(self.vector.grad)
+        self.gradient = torch.zeros_like(self.vector, requires_grad=False)
+        """(P,) the vector's, and in parts that of each parameter."""
+        self.vector.grad = self.gradient
+        gradients = self.split(self.gradient)
         for p, part in self.split(self.vector.detach()).items():
             p.data, p.grad = part, gradients[p]
         self.total = torch.zeros_like(self.vector, requires_grad=False)

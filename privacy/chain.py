@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+LinearUse = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of a linear layer: weight, bias, what went in (R, I), the gradient of what came out (R, O)."""
 _Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 
 _ACTIVATIONS: dict[type[nn.Module], _Activation] = {
@@ -38,34 +40,36 @@ class Chain:
         return cls(steps) if len({layer for layer, _ in steps}) == len(steps) > 0 else None
 
     def __init__(self, steps: Sequence[tuple[nn.Linear, _Activation | None]]) -> None:
-        self._steps = steps
+        # The parameters themselves: a module takes its time to find its attributes.
+        self._steps = [(layer.weight, layer.bias, activation) for layer, activation in steps]
+        self.layers = [layer for layer, _ in steps]
         self._passed: list[Tensor] = []
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(R, O) what comes out for `x` (R, I); keeps what went in and out of each layer."""
         self._passed = [x]
-        for layer, activation in self._steps:
-            x = linear(x, layer.weight, layer.bias)
+        for weight, bias, activation in self._steps:
+            x = linear(x, weight, bias)
             if activation is not None:
                 x = activation[0](x)
             self._passed.append(x)
         return x
 
     @torch.no_grad()
-    def backward(self, gradient: Tensor) -> list[tuple[nn.Linear, Tensor, Tensor]]:
-        """Each layer with what went in (R, I), and the gradient of what came out before activation.
+    def backward(self, gradient: Tensor) -> list[LinearUse]:
+        """Each layer's use, from last to first; the gradient is that before the activation.
 
         Args:
             gradient: (R, O), by the result of the last call of `forward`.
         """
-        layers: list[tuple[nn.Linear, Tensor, Tensor]] = []
+        uses: list[LinearUse] = []
         came_out = self._passed.pop()
-        for layer, activation in reversed(self._steps):
+        for weight, bias, activation in reversed(self._steps):
             if activation is not None:
                 gradient = activation[1](gradient, came_out)
             came_out = self._passed.pop()
-            layers.append((layer, came_out, gradient))
+            uses.append((weight, bias, came_out, gradient))
             if self._passed:
-                gradient = gradient @ layer.weight
-        return layers
+                gradient = gradient @ weight
+        return uses

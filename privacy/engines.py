@@ -36,7 +36,7 @@ NOT_PER_VISITOR = (
 class Engine(Protocol):
     """A wrapped model. Calls take turns: forward, then the gradients of what came out of it."""
 
-    def __call__(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any) -> Tensor:
         """What the model gives for `batch`: one row an example."""
 
     def visitor_gradients(
@@ -79,6 +79,9 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
         super().__init__(model, loss_reduction="sum")
         self._layers = {layer: name for layer, name in layers.items() if _has_parameters(layer)}
         self._chain = _chain(model)
+        if isinstance(model, FeedForward):
+            # Not by way of the model, which takes its time to find its parts.
+            self._bag = model.bag.forward
         hooked = self._layers if self._chain is None else ()
         self._hooks = [layer.register_forward_hook(self._keep) for layer in hooked]
         self._pass = _Pass()
@@ -86,7 +89,7 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
     def forward(self, batch: Any) -> Tensor:
         """What the model gives for `batch`."""
         if self._chain is not None:
-            return self._chain.forward(self._module.bag(batch)).squeeze(1)
+            return self._chain.forward(self._bag(batch)).squeeze(1)
         self._pass.clear()
         self._pass.keeping = True
         try:
@@ -100,10 +103,13 @@ class BookKeeping(AbstractGradSampleModule):  # type: ignore[misc]
     ) -> list[VisitorGradients]:
         """Of all parameters, layer by layer; see `Engine`."""
         if self._chain is not None:
-            layers = self._chain.backward(gradient.unsqueeze(1))
+            once = self._chain.backward(gradient.unsqueeze(1))
             if each == 1:
-                return [OuterProducts(layers)]
-            return visitor_gradients({layer: [(x, g)] for layer, x, g in layers}, each)
+                return [OuterProducts(once)]
+            layers = reversed(self._chain.layers)
+            return visitor_gradients(
+                {layer: [use[2:]] for layer, use in zip(layers, once, strict=True)}, each
+            )
         uses = self._uses_by_autograd(output, gradient)
         examples = output.shape[0]
         for layer, used in uses.items():

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import layer_norm
 
+from privacy.chain import LinearUse
+
 LARGEST_NORM = 1.8e19
 """Above it a float32 has no square; the gradient of such a visitor counts as broken."""
 
@@ -108,29 +110,29 @@ class Products:
 class OuterProducts:
     """Of linear layers with a bias, each used once for a visitor: output gradient x (input, 1)."""
 
-    def __init__(self, layers: Sequence[tuple[nn.Linear, Tensor, Tensor]]) -> None:
-        """`layers`: each with its inputs (V, I) and the gradient of what came out, (V, O)."""
-        self.layers = layers
-        self.parameters = [p for layer, *_ in layers for p in (layer.weight, layer.bias)]
+    def __init__(self, uses: Sequence[LinearUse]) -> None:
+        """`uses`: of each layer, by V visitors."""
+        self.uses = uses
+        self.parameters = [p for weight, bias, *_ in uses for p in (weight, bias)]
 
     def norms(self) -> Tensor:
         """float64 (V,) from the norms of inputs and output gradients."""
         # The bias makes up for what vanishes in the inputs' squares; inf is what overflows.
-        inputs = torch.stack([vector_norm(x, dim=1) for _, x, _ in self.layers])
-        outputs = torch.stack([vector_norm(x, dim=1, dtype=torch.float64) for *_, x in self.layers])
+        inputs = torch.stack([vector_norm(x, dim=1) for *_, x, _ in self.uses])
+        outputs = torch.stack([vector_norm(x, dim=1, dtype=torch.float64) for *_, x in self.uses])
         return outputs.square_().mul_(inputs.square_().add_(1)).sum(dim=0).sqrt_()
 
     def add_weighted(self, weights: Tensor, sums: Sums) -> None:
         """Add two products over visitors for each layer."""
         column = weights.unsqueeze(1)
-        for layer, inputs, outputs in self.layers:
-            sums[layer.weight].addmm_((outputs * column).t(), inputs)
-            sums[layer.bias].addmv_(outputs.t(), weights)
+        for weight, bias, inputs, outputs in self.uses:
+            sums[weight].addmm_((outputs * column).t(), inputs)
+            sums[bias].addmv_(outputs.t(), weights)
 
     def without(self, broken: Tensor) -> OuterProducts:
         """The same with zeros for `broken`."""
         return OuterProducts(
-            [(layer, _without(x, broken), _without(y, broken)) for layer, x, y in self.layers]
+            [(w, b, _without(x, broken), _without(y, broken)) for w, b, x, y in self.uses]
         )
 
 
@@ -173,10 +175,10 @@ def visitor_gradients(uses: Mapping[nn.Module, Sequence[Use]], each: int) -> lis
         each: examples of a visitor, in a row.
     """
     found: list[VisitorGradients] = []
-    once: list[tuple[nn.Linear, Tensor, Tensor]] = []
+    once: list[LinearUse] = []
     for layer, used in uses.items():
         if isinstance(layer, nn.Linear) and _is_once(layer, used, each):
-            once.append((layer, *used[0]))
+            once.append((layer.weight, layer.bias, *used[0]))
         else:
             found.append(GRADIENTS[type(layer)](layer, used, each))
     return [*found, OuterProducts(once)] if once else found

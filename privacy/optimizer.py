@@ -9,6 +9,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 
 from models.flat import FlatParameters
+from privacy.descent import Descent
 from privacy.gradients import LARGEST_NORM, VisitorGradients, together
 from privacy.randomness import NORMAL_GRID, Randomness
 
@@ -43,7 +44,7 @@ class VisitorDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Descent,
         parameters: FlatParameters,
         *,
         noise_multiplier: float,

@@ -36,6 +36,7 @@ from models.embedding import TouchpointBag
 from models.flat import FlatParameters
 from privacy.accountant import PrivacyEvent
 from privacy.allocator import keep_freed_memory
+from privacy.descent import Descent
 from privacy.randomness import Randomness
 from privacy.sampling import draw_steps
 
@@ -157,7 +158,7 @@ class Trainer:
         self._parameters.set(weights)
         if not self.model.training:
             self.model.train()
-        optimizer = _optimizer(self._parameters.vector, training)
+        optimizer = Descent(self._parameters.vector, training.optimizer, training.proximal_mu)
         steps = _until(stopped, self._steps(examples, training, randomness))
         if training.noise_multiplier > 0:
             private = _make_private(optimizer, self._parameters, training, randomness)
@@ -172,16 +173,16 @@ class Trainer:
         engine = self._engine(training.clipping_engine)
         for step in steps:
             for batch, each in step:
-                logits = engine(batch)
+                logits = engine.forward(batch)
                 gradient = _loss_gradient(logits, batch, each)
                 optimizer.clip_and_accumulate(engine.visitor_gradients(logits, gradient, each))
             optimizer.step()
 
     def _train_plainly(
-        self, steps: Iterator[_Step], training: LocalTraining, optimizer: torch.optim.Optimizer
+        self, steps: Iterator[_Step], training: LocalTraining, optimizer: Descent
     ) -> None:
         for step in steps:
-            optimizer.zero_grad(set_to_none=False)
+            self._parameters.gradient.zero_()
             for batch, each in step:
                 logits = self.model(batch)
                 share = each * training.expected_batch_size
@@ -327,34 +328,8 @@ def _loss_gradient(logits: Tensor, batch: JourneyBatch, share: float) -> Tensor:
     return gradient if share == 1 else gradient.div_(share)
 
 
-def _optimizer(parameters: nn.Parameter, training: LocalTraining) -> torch.optim.Optimizer:
-    config = training.optimizer
-    optimizer: torch.optim.Optimizer
-    if config.name == "sgd":
-        optimizer = torch.optim.SGD(
-            [parameters],
-            config.learning_rate,
-            config.momentum,
-            weight_decay=config.weight_decay,
-            foreach=False,  # there is one
-        )
-    else:
-        optimizer = torch.optim.Adam(
-            [parameters], config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-    if training.proximal_mu > 0:
-        at_start = parameters.detach().clone()
-
-        def add_proximal_term(*_: object) -> None:
-            assert parameters.grad is not None
-            parameters.grad.add_(parameters.detach() - at_start, alpha=training.proximal_mu)
-
-        optimizer.register_step_pre_hook(add_proximal_term)
-    return optimizer
-
-
 def _make_private(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Descent,
     parameters: FlatParameters,
     training: LocalTraining,
     randomness: Randomness,

@@ -68,11 +68,13 @@ def test_a_chain_does_what_autograd_does(
 
     before = x.clone()
     torch.testing.assert_close(chain.forward(x), value.detach(), rtol=1e-12, atol=1e-12)
-    found = {layer: rest for layer, *rest in chain.backward(gradient)}
+    assert chain.layers == linear
+    uses = list(reversed(chain.backward(gradient)))
     assert torch.equal(x, before)
-    assert found.keys() == set(linear)
-    for layer, of_output in zip(linear, expected, strict=True):
-        torch.testing.assert_close(found[layer], [entered[layer], of_output], rtol=1e-9, atol=1e-12)
+    for layer, of_output, (weight, bias, *use) in zip(linear, expected, uses, strict=True):
+        assert weight is layer.weight
+        assert bias is layer.bias
+        torch.testing.assert_close(use, [entered[layer], of_output], rtol=1e-9, atol=1e-12)
 
 
 def test_other_layers_are_no_chain() -> None:

@@ -81,7 +81,7 @@ class Clipped:
 
 
 def visitor_gradients(engine: Engine, batch: Any, each: int = 1) -> list[VisitorGradients]:
-    logits = engine(batch)
+    logits = engine.forward(batch)
     own = logits.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(own, batch) / each, own)
     return engine.visitor_gradients(logits, gradient, each)
