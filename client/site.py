@@ -91,6 +91,7 @@ class Site:
         self._seed = seed
         self._check_cut = check_cut
         self._described: tuple[str, SiteDescription] | None = None
+        self._trains: tuple[str, LocalTraining] | None = None
 
     def close(self) -> None:
         """Let another process have the ledger."""
@@ -133,7 +134,7 @@ class Site:
         mechanism = GaussianCount(_count_noise(plan))
         release = Release("count", "train", mechanism.event)
 
-        def count(randomness: Randomness) -> SiteDescription:
+        def count(randomness: Randomness, _: float | None) -> SiteDescription:
             visitors = self._journeys(plan.journeys).train.visitors
             return SiteDescription(self.name, mechanism.release(visitors, randomness))
 
@@ -149,16 +150,15 @@ class Site:
         """Train `weights` for one round. Raises `TrainingStopped` once `stopped` says so."""
         if not 1 <= plan.round <= plan.rounds:
             raise PlanRefused(f"round={plan.round}: must be 1 to rounds={plan.rounds}")
-        visitors = self.describe(plan).visitors
-        training = local_training(plan, visitors)
+        training = self._local_training(plan, self.describe(plan).visitors)
         self._policy.check_training(training)
         trainer = self._trainer(plan, weights)
         release = Release("weights", "train", training.event)
 
-        def update(randomness: Randomness) -> SiteUpdate:
+        def update(randomness: Randomness, spent: float | None) -> SiteUpdate:
             examples = self._journeys(plan.journeys).train
             trained = trainer.train(weights, examples, training, randomness, stopped)
-            return SiteUpdate(self.name, plan.round, trained, self._epsilon(plan))
+            return SiteUpdate(self.name, plan.round, trained, spent)
 
         return self._release("train", plan, weights, release, update)
 
@@ -169,7 +169,7 @@ class Site:
         mechanism = GaussianHistogram(_evaluation_noise(plan))
         release = Release("histogram", "holdout", mechanism.event)
 
-        def evaluation(randomness: Randomness) -> SiteEvaluation:
+        def evaluation(randomness: Randomness, spent: float | None) -> SiteEvaluation:
             holdout = self._journeys(plan.journeys).holdout
             set_weights(trainer.model, weights)
             scores = logits(trainer.model, holdout)
@@ -177,8 +177,7 @@ class Site:
             exact = ScoreHistogram.of(scores, np.asarray(holdout.label), bins)
             counts = np.stack([exact.negative, exact.positive]).astype(np.int64)
             histogram = ScoreHistogram(*mechanism.release(counts, randomness).astype(np.float64))
-            told = self._epsilon(plan)
-            return SiteEvaluation(self.name, plan.round, histogram, mechanism.noise, told)
+            return SiteEvaluation(self.name, plan.round, histogram, mechanism.noise, spent)
 
         return self._release("evaluate", plan, weights, release, evaluation)
 
@@ -189,6 +188,13 @@ class Site:
         if fault := weights_fault(weights, expected):
             raise PlanRefused(fault)
         return _trainer(*plan.architecture)
+
+    def _local_training(self, plan: RoundPlan, visitors: float) -> LocalTraining:
+        """The same in all rounds of a run."""
+        run = plan.first.text
+        if self._trains is None or self._trains[0] != run:
+            self._trains = run, local_training(plan, visitors)
+        return self._trains[1]
 
     def _check_whole_run(self, plan: RoundPlan, visitors: float) -> None:
         """Refuse at its start a run that would run out of budget before its end."""
@@ -216,20 +222,26 @@ class Site:
         plan: RoundPlan,
         weights: Weights | None,
         release: Release,
-        make: Callable[[Randomness], R],
+        make: Callable[[Randomness, float | None], R],
     ) -> R:
-        """The gate: all that leaves the site leaves here, charged, on record, and once."""
+        """The gate: all that leaves the site leaves here, charged, on record, and once.
+
+        `make` gets the run's privacy loss, `release` included; None where nothing is protected.
+        """
         self._policy.check_plan(plan)
         self._policy.check_release(release.name, release.event)
         self._check_cut(plan.journeys)
         request = _request(kind, plan, weights, release)
-        if isinstance(plan.privacy, VisitorDP) and request not in self._ledger:
-            delta, also = plan.privacy.delta, request.releases
-            of_run = self._ledger.epsilon(delta, run=request.run, also=also)
-            in_all = 0.0
-            if self._policy.epsilon < math.inf:
-                in_all = self._ledger.epsilon(self._policy.delta, also=also)
-            self._policy.check_spending(plan, of_run, in_all)
+        spent: float | None = None
+        if isinstance(plan.privacy, VisitorDP):
+            charged = request in self._ledger
+            also = () if charged else request.releases
+            spent = self._ledger.epsilon(plan.privacy.delta, run=request.run, also=also)
+            if not charged:
+                in_all = 0.0
+                if self._policy.epsilon < math.inf:
+                    in_all = self._ledger.epsilon(self._policy.delta, also=also)
+                self._policy.check_spending(plan, spent, in_all)
         try:
             reserved = self._ledger.reserve(request)
         except LedgerConflictError as error:
@@ -243,17 +255,12 @@ class Site:
                 return cast(R, reply_from_bytes(reserved.reply))
             if not randomness.repeatable:
                 raise PlanRefused(f"round={plan.round}: {kind} is answered already, and is over")
-            return make(randomness)
-        reply = make(randomness)
+            return make(randomness, spent)
+        reply = make(randomness, spent)
         # Seeded noise gives the same answer again, so that there is none to keep.
         kept = None if randomness.repeatable else reply_to_bytes(reply)
         self._ledger.commit(reserved, kept)
         return reply
-
-    def _epsilon(self, plan: RoundPlan) -> float | None:
-        if not isinstance(plan.privacy, VisitorDP):
-            return None
-        return self._ledger.epsilon(plan.privacy.delta, run=_run(plan))
 
     def _randomness(self, kind: str, round_: int) -> Randomness:
         if self._seed is None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from journeys.durable import write_durably
 from protocol.replies import Weights
-from protocol.stored import weights_to_bytes
+from protocol.stored import tensors_to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         **{f"strategy.{name}": value for name, value in checkpoint.strategy.items()},
     }
     counters = {"round": str(checkpoint.round), "records": str(checkpoint.records)}
-    data = weights_to_bytes(tensors, counters)
+    data = tensors_to_bytes(tensors, counters)
     path = folder / f"round-{checkpoint.round:06d}.safetensors"
     write_durably(path, data)
     # The digest comes second: without it there is no checkpoint.

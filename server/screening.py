@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 from protocol.replies import SiteFailure, SiteUpdate, Weights, flat, weights_fault
 
+MOST_VISITORS = 1e11
+"""Of a site: more than there are people, by far."""
+
 
 def screen_updates(
     answers: list[SiteUpdate | SiteFailure], weights: Weights, max_update_norm: float
@@ -37,10 +40,11 @@ def screen_updates(
 def cap_weights(visitors: dict[str, float], cap: float) -> dict[str, float]:
     """What each site counts for: its noised visitor count, at most `cap` times the median.
 
-    A count that is not finite and above 0 counts as 1 visitor: no site can take over by its count.
+    A count that is not finite and above 0 counts as 1 visitor, one beyond `MOST_VISITORS` as that
+    many: no site can take over by its count, nor several together by counts that overflow.
     """
     counts = {
-        site: count if np.isfinite(count) and count >= 1 else 1.0
+        site: min(count, MOST_VISITORS) if np.isfinite(count) and count >= 1 else 1.0
         for site, count in visitors.items()
     }
     most = cap * float(np.median(list(counts.values())))

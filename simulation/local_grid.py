@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-import uuid
 from collections.abc import Iterable
 
 from flwr.app import Message, RecordDict
@@ -35,6 +35,7 @@ class LocalGrid(Grid):
         TaskIdentity.node_id = SUPERLINK_NODE_ID
         self._faults = faults or Faults()
         self._run = Run.create_empty(run_id=_RUN_ID)
+        self._numbers = itertools.count(1)
         self._replies: dict[str, list[Message]] = {}
         self._came = threading.Condition()
         self._workers: list[InlineWorker | ProcessWorker] = [
@@ -77,7 +78,7 @@ class LocalGrid(Grid):
         """Hand each message to its site's worker."""
         ids = []
         for message in messages:
-            identity = uuid.uuid4().hex
+            identity = str(next(self._numbers))
             message.metadata.__dict__["_message_id"] = identity
             index = message.metadata.dst_node_id - 1
             self._workers[self._worker_of[index]].send(index, message)

@@ -113,9 +113,9 @@ class _BrokenEngine:
         self._parameter = dict(model.named_parameters())[loud.parameter] if loud else None
         self._canary = torch.zeros(0, dtype=torch.int64)
 
-    def __call__(self, batch: JourneyBatch) -> Tensor:
+    def forward(self, batch: JourneyBatch) -> Tensor:
         self._canary = _canary(batch, self._model)
-        return self._inner(batch)
+        return self._inner.forward(batch)
 
     def visitor_gradients(
         self, output: Tensor, gradient: Tensor, each: int

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
 from protocol.replies import SiteDescription, SiteEvaluation, SiteUpdate, Weights
-from protocol.stored import reply_from_bytes, reply_to_bytes
+from protocol.stored import reply_from_bytes, reply_to_bytes, weights_to_bytes
 
 WEIGHTS: Weights = {
     "a": np.arange(6, dtype=np.float32).reshape(3, 2).T,
@@ -13,6 +16,26 @@ WEIGHTS: Weights = {
     "one number": np.asarray(np.float32(3)),
     "__metadata": np.zeros((0, 4), np.float32),
 }
+
+
+shapes = st.dictionaries(
+    st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
+    st.lists(st.integers(0, 3), max_size=3).map(tuple),
+    max_size=5,
+)
+
+
+@given(shapes, st.integers(0, 2**16))
+def test_a_model_is_written_as_the_library_writes_it(
+    shapes: dict[str, tuple[int, ...]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    model = {
+        name: np.asarray(rng.random(shape, dtype=np.float32)) for name, shape in shapes.items()
+    }
+    assert weights_to_bytes(model) == safetensors.numpy.save(model)
+    turned = {name: np.asarray(value, order="F") for name, value in model.items()}
+    assert weights_to_bytes(turned) == safetensors.numpy.save(model)
 
 
 @pytest.mark.parametrize("epsilon", [0.1 + 0.2, None])
