@@ -145,8 +145,9 @@ class Ledger:
 
         Args:
             path: of the SQLite file. SQLite's own and the head file lie beside it.
-            durable: False is for simulations only: nothing waits for the disk, so that a power cut
-                (not the end of the process) may take back what was reserved.
+            durable: False is for simulations only: nothing waits for the disk, and a reservation is
+                written with the next commit or `close`. A killed process may so take back what it
+                reserved and did not commit, a power cut more.
             read_only: look at the ledger as it is now; needs no lock, whoever owns it.
 
         Raises:
@@ -173,10 +174,10 @@ class Ledger:
             self._database = _open(path, durable)
             self._write_head()
         except OSError as error:
-            self.close()
+            self._give_up()
             raise LedgerError(f"{path}: cannot be opened: {error.strerror}") from error
         except BaseException:
-            self.close()
+            self._give_up()
             raise
 
     def __enter__(self) -> Self:
@@ -192,6 +193,13 @@ class Ledger:
 
     def close(self) -> None:
         """Give up the ledger. What is recorded stays readable from this object."""
+        with self._mutex:
+            if self._database is not None and self._database.in_transaction:
+                with self._transaction(self._database):
+                    pass  # but write it
+            self._give_up()
+
+    def _give_up(self) -> None:
         with self._mutex:
             if self._database is not None:
                 self._database.close()
@@ -210,7 +218,7 @@ class Ledger:
         with self._writing() as database:
             known = self._records.entries.get(request.key)
             if known is None:
-                with self._transaction(database):
+                with self._transaction(database, written=self._durable):
                     self._records.reserve(request)
                     self._append(database, {"reserve": _to_json(request)})
                 return Reservation(request)
@@ -305,16 +313,21 @@ class Ledger:
             yield self._database
 
     @contextmanager
-    def _transaction(self, database: sqlite3.Connection) -> Iterator[None]:
-        """What is executed within is on disk in the end, or the ledger is closed."""
+    def _transaction(self, database: sqlite3.Connection, *, written: bool = True) -> Iterator[None]:
+        """What is executed within is on disk in the end, or the ledger is closed.
+
+        With `written` False it is on disk after the next transaction.
+        """
         try:
-            database.execute("BEGIN IMMEDIATE")
+            if not database.in_transaction:
+                database.execute("BEGIN IMMEDIATE")
             yield
-            database.execute("COMMIT")
-            self._write_head()
+            if written:
+                database.execute("COMMIT")
+                self._write_head()
         except BaseException as error:
             # What of it is on disk shows when it is opened again.
-            self.close()
+            self._give_up()
             if isinstance(error, sqlite3.Error | OSError):
                 raise LedgerError(f"{self.path}: cannot be written: {error}") from error
             raise

@@ -95,7 +95,7 @@ def a_site(
     policy: SitePolicy | None = None,
     seed: tuple[int, int] | None = (5, 0),
 ) -> Site:
-    ledger = Ledger(tmp_path / "ledger.sqlite", durable=False)
+    ledger = Ledger(tmp_path / "ledger.sqlite", durable=seed is None)
     return Site("shop", lambda _: journeys, policy or SitePolicy.of_simulation(), ledger, seed)
 
 
@@ -574,15 +574,15 @@ def test_a_round_that_is_over_is_not_answered_again(
 
 
 def test_training_is_charged_before_it_begins(
-    tmp_path: Path, site: Site, weights: Weights, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, real_site: Site, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    site.describe(of_round(0))
+    real_site.describe(of_round(0))
     monkeypatch.setattr("privacy.training.Trainer.train", killed)
     with pytest.raises(KeyboardInterrupt):
-        site.train(of_round(1), weights)
+        real_site.train(of_round(1), weights)
 
     assert [(e.request.kind, e.committed) for e in entries(tmp_path)] == [
         ("describe", True),

@@ -270,7 +270,7 @@ from pathlib import Path
 from privacy.accountant import PrivacyEvent
 from privacy.ledger import Ledger, Release, Request
 
-ledger = Ledger(Path(sys.argv[1]), durable=False)
+ledger = Ledger(Path(sys.argv[1]))
 weights = Release("weights", "train", PrivacyEvent(1.1, 0.04, 25))
 histogram = Release("histogram", "holdout", PrivacyEvent(30.0))
 ledger.reserve(Request("run", 1, "train", "d", (weights, histogram)))
@@ -298,6 +298,39 @@ def test_a_killed_owner_leaves_its_reservation_and_no_lock(path: Path) -> None:
     with Ledger(path, durable=False) as ledger:
         assert ledger.epsilon(DELTA) == epsilon([WEIGHTS.event], DELTA)
         answer(ledger, asked(), b"reply")
+
+
+def test_in_a_simulation_a_reservation_is_written_with_the_next_commit(path: Path) -> None:
+    def written() -> list[bool]:
+        return [entry.committed for entry in Ledger(path, read_only=True).entries()]
+
+    with Ledger(path, durable=False) as ledger:
+        first = ledger.reserve(asked(1))
+        assert isinstance(first, Reservation)
+        assert asked(1) in ledger
+        assert written() == []
+        ledger.commit(first)
+        assert written() == [True]
+        ledger.reserve(asked(2))
+        assert written() == [True]
+    assert written() == [True, False]
+
+
+def test_what_a_simulation_cannot_write_closes_its_ledger(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with Ledger(path, durable=False) as ledger, monkeypatch.context() as patch:
+        reserved = ledger.reserve(asked())
+        assert isinstance(reserved, Reservation)
+        patch.setattr("privacy.ledger.hashlib.sha256", full)
+        with pytest.raises(LedgerError, match=r"cannot be written: .*No space"):
+            ledger.commit(reserved)
+        with pytest.raises(LedgerError, match="closed"):
+            ledger.reserve(asked())
+    assert Ledger(path, read_only=True).entries() == ()
 
 
 def test_a_forked_child_does_not_write(ledger: Ledger) -> None:
@@ -338,7 +371,7 @@ def test_what_cannot_be_written_closes_the_ledger(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    with Ledger(path, durable=False) as ledger, monkeypatch.context() as patch:
+    with Ledger(path) as ledger, monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         with pytest.raises(LedgerError, match=r"cannot be written: .*No space"):
             ledger.reserve(asked())
@@ -350,7 +383,7 @@ def test_what_cannot_be_written_closes_the_ledger(
 
 
 def store(folder: Path) -> Ledger:
-    ledger = Ledger(folder / "ledger.sqlite", durable=False)
+    ledger = Ledger(folder / "ledger.sqlite")
     answer(ledger, asked(0, (COUNT,), kind="describe"), b"count")
     for round_ in range(1, 4):
         answer(ledger, asked(round_), bytes([round_]) * 5000)
