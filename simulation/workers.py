@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import queue
-import threading
+import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
@@ -79,25 +78,35 @@ class ProcessWorker:
         self._fleet = fleet
         self._faults = faults
         self._deliver = deliver
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._waiting: deque[_Task] = deque()
         self._sent: deque[_Task] = deque()
-        self._closed = False
         self._start()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
 
     def send(self, index: int, message: Message) -> None:
         """Queue `message` for site `index`."""
-        self._tasks.put((index, message))
+        self._waiting.append((index, message))
+        self._send_ahead()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reply is to come."""
+        return bool(self._sent)
+
+    def fileno(self) -> int:
+        """What can be read from once there is something to take in."""
+        return self._connection.fileno()
+
+    def take_in(self, *, has_come: bool) -> None:
+        """Deliver a reply if one has come, or an error if its time is over."""
+        if self.busy and (has_come or _time_left(self._sent[0][1]) <= 0):
+            self._receive(has_come)
+            self._send_ahead()
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
-        self._closed = True
-        self._tasks.put(None)
         self._process.kill()
-        self._thread.join()
-        self._stop()
+        self._process.join()
+        self._connection.close()
 
     def _start(self) -> None:
         # Not fork: a fork of a process with threads (polars, torch) may hang. The fork server loads
@@ -113,28 +122,9 @@ class ProcessWorker:
         self._content: RecordDict | None = None
         theirs.close()
 
-    def _stop(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-
-    def _serve(self) -> None:
-        while not self._closed:
-            self._send_ahead()
-            if self._sent:
-                self._receive()
-
     def _send_ahead(self) -> None:
-        """Hand over the next messages, if there are any; wait for one if there is no other."""
-        while len(self._sent) < _AHEAD:
-            if not self._waiting:
-                try:
-                    task = self._tasks.get(block=not self._sent)
-                except queue.Empty:
-                    return
-                if task is None:
-                    return
-                self._waiting.append(task)
+        """Hand over the next messages."""
+        while self._waiting and len(self._sent) < _AHEAD:
             index, message = self._waiting[0]
             if self._sent and message.content is not self._content:
                 # It is large: the process, while it sends a reply, may have no room to take it.
@@ -156,11 +146,11 @@ class ProcessWorker:
         self._connection.send((index, message.metadata, None if known else message.content))
         self._content = message.content
 
-    def _receive(self) -> None:
+    def _receive(self, has_come: bool) -> None:
         """Deliver the reply to the first message that was sent, or why there is none."""
         _, message = self._sent.popleft()
         try:
-            if not self._connection.poll(max(_time_left(message), 0)):
+            if not has_come:
                 raise TimeoutError
             reply = self._connection.recv()
         except (EOFError, OSError) as error:
@@ -168,13 +158,21 @@ class ProcessWorker:
             reply = _error(
                 message, "the site did not answer in time" if timeout else "the site's process died"
             )
-            self._stop()
-            if self._closed:
-                return
+            self.close()
             self._waiting.extendleft(reversed(self._sent))
             self._sent.clear()
             self._start()
         self._deliver(reply)
+
+
+def take_in(workers: Sequence[ProcessWorker], seconds: float) -> None:
+    """Let `workers` deliver what has come, a reply each; wait for a first one at most so long."""
+    poll, busy = select.poll(), [worker for worker in workers if worker.busy]
+    for worker in busy:
+        poll.register(worker, select.POLLIN)
+    came = {file for file, _ in poll.poll(1000 * seconds)}
+    for worker in busy:
+        worker.take_in(has_come=worker.fileno() in came)
 
 
 def _run_worker(connection: Connection, fleet: Fleet, faults: Faults) -> None:

@@ -4,7 +4,6 @@ import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,6 +14,7 @@ from flwr.app import Message, RecordDict
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import simulation.local_grid
 from conf.compose import load
 from conf.schema import Config
 from journeys.examples import Examples
@@ -206,17 +206,45 @@ def test_what_a_dying_worker_had_not_begun_is_answered_by_the_next(fleet: Fleet)
         assert update.site == f"site {node - 1}"
 
 
+@pytest.mark.slow
+def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(fleet: Fleet) -> None:
+    with LocalGrid(fleet, workers=1) as grid:
+
+        def ask(*nodes: int) -> dict[int, Message]:
+            records = records_of("describe")
+            messages = [Message(records, node, "query", group_id="0", ttl=60.0) for node in nodes]
+            replies = grid.send_and_receive(messages, timeout=60.0)
+            return {reply.metadata.src_node_id: reply for reply in replies}
+
+        assert not ask(1)[1].has_error()
+        [worker] = grid._processes
+        worker._process.kill()
+        worker._process.join()
+        spent = time.process_time()
+        assert list(grid.pull_messages(["never"])) == []
+        assert time.process_time() - spent < simulation.local_grid._MOMENT_S / 2
+        replies = ask(1, 2)
+        assert replies[1].error.reason == "the site's process died"
+        assert not replies[2].has_error()
+
+
+@pytest.mark.slow
 def test_who_asks_for_replies_is_woken_when_one_comes(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with LocalGrid(fleet, workers=0) as grid:
+    monkeypatch.setattr("simulation.local_grid._MOMENT_S", 60.0)
+    with LocalGrid(fleet, workers=1) as grid:
         message = Message(records_of("describe"), 1, "query", group_id="0", ttl=60.0)
-        message.metadata.__dict__["_message_id"] = "later"
-        reply = Message(RecordDict(), reply_to=message)
-        monkeypatch.setattr("simulation.local_grid._MOMENT_S", 60.0)
-        with ThreadPoolExecutor() as threads:
-            waiting = threads.submit(lambda: list(grid.pull_messages(["later", "never"])))
-            grid._deliver(reply)
-            assert waiting.result(30.0) == [reply]
-        monkeypatch.setattr("simulation.local_grid._MOMENT_S", 0.0)
-        assert list(grid.pull_messages(["later", "never"])) == []
+        ids = [*grid.push_messages([message]), "never"]
+        started = time.monotonic()
+        [reply] = grid.pull_messages(ids)
+        assert time.monotonic() - started < 30.0
+        assert reply.metadata.reply_to_message_id == ids[0]
+
+
+def test_asking_for_replies_does_not_wait_for_ever(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simulation.local_grid._MOMENT_S", 0.0)
+    with LocalGrid(fleet, workers=0) as grid:
+        assert list(grid.pull_messages(["never"])) == []
