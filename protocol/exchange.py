@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import numpy as np
-import safetensors.numpy
-
 from protocol.plan import RoundPlan
 from protocol.replies import REPLIES, Reply, SiteUpdate, Weights
-from protocol.stored import weights_to_bytes
+from protocol.stored import weights_from_bytes, weights_to_bytes
 from protocol.wire import WireError, from_text, to_text
 
 ASKS = ("describe", "evaluate", "train")
@@ -66,10 +63,7 @@ def _read_plan(text: str) -> RoundPlan:
 
 @lru_cache(maxsize=1)
 def _read_model(data: bytes | None) -> Weights:
-    weights = read_weights(data)
-    for array in weights.values():
-        array.flags.writeable = False
-    return weights
+    return read_weights(data)
 
 
 def reply_parts(replies: Mapping[str, Reply]) -> Parts:
@@ -107,14 +101,4 @@ def _check_asks(parts: Parts, known: Sequence[str]) -> None:
 
 def read_weights(data: bytes | None) -> Weights:
     """The arrays of a model that came; none where there is none. Raises `WireError`."""
-    if data is None:
-        return {}
-    try:
-        weights = safetensors.numpy.load(data)
-    except Exception as error:
-        # Whatever hostile bytes raise: SafetensorError, KeyError of an unknown type and more.
-        raise WireError("weights: arrays that cannot be read") from error
-    for name, array in weights.items():
-        if array.dtype != np.float32:
-            raise WireError(f"weights.{name}: {array.dtype} instead of float32")
-    return weights
+    return {} if data is None else weights_from_bytes(data)

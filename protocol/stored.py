@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from protocol.replies import REPLIES, Reply, SiteUpdate, Weights
-from protocol.wire import from_text, to_text
+from protocol.wire import WireError, from_text, to_text
 
 
 def weights_to_bytes(weights: Weights) -> bytes:
@@ -34,6 +35,38 @@ def _form(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[bytes, list[
     end = 8 + int.from_bytes(data[:8], "little")
     places = {name: told["data_offsets"] for name, told in json.loads(data[8:end]).items()}
     return data[:end], sorted(places, key=places.__getitem__)
+
+
+def weights_from_bytes(data: bytes) -> Weights:
+    """The model that `weights_to_bytes` wrote; its arrays are read-only.
+
+    Raises:
+        WireError: It is none, or not of float32.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    return {
+        name: np.frombuffer(data, "<f4", math.prod(shape), start + at).reshape(shape)
+        for name, shape, at in _layout(data[:start], len(data) - start)
+    }
+
+
+@lru_cache(maxsize=2)
+def _layout(start: bytes, size: int) -> list[tuple[str, tuple[int, ...], int]]:
+    """Name, shape and place of each array, by what comes before `size` bytes of numbers."""
+    try:
+        arrays = safetensors.numpy.load(start + bytes(max(size, 0)))
+        told = json.loads(start[8:])
+        places = {name: told[name]["data_offsets"][0] for name in arrays}
+        sound = all(0 <= places[name] <= size - a.nbytes for name, a in arrays.items())
+    except Exception as error:
+        # Whatever hostile bytes raise: SafetensorError, KeyError of an unknown type and more.
+        raise WireError("weights: arrays that cannot be read") from error
+    if not sound:
+        raise WireError("weights: an array beyond the end")
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise WireError(f"weights.{name}: {array.dtype} instead of float32")
+    return [(name, array.shape, places[name]) for name, array in arrays.items()]
 
 
 def tensors_to_bytes(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:

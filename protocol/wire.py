@@ -76,8 +76,8 @@ def _built(kind: type, read: object, name: str, given: dict[str, object]) -> obj
     if kind is ScoreHistogram:
         return _histogram(read, name)
     hints = _hints(kind)
-    expected = {field.name for field in dataclasses.fields(kind)} - set(given)
-    for key in expected ^ set(read):
+    expected = _fields(kind) - given.keys()
+    for key in expected ^ read.keys():
         raise WireError(f"{name}.{key}: {'missing' if key in expected else 'unknown field'}")
     values = {key: _value(hints[key], read[key], f"{name}.{key}") for key in expected}
     try:
@@ -87,25 +87,45 @@ def _built(kind: type, read: object, name: str, given: dict[str, object]) -> obj
 
 
 def _value(hint: Any, read: object, name: str) -> object:
-    if dataclasses.is_dataclass(hint):
-        return _built(typing.cast(type, hint), read, name, {})
-    origin = typing.get_origin(hint)
-    if origin is list and isinstance(read, list):
-        (of,) = typing.get_args(hint)
-        return [_value(of, one, f"{name}[{place}]") for place, one in enumerate(read)]
-    if origin is dict and isinstance(read, dict):
-        of = typing.get_args(hint)[1]
-        return {_value(str, key, name): _value(of, one, f"{name}.*") for key, one in read.items()}
-    if origin in (list, dict):
-        raise WireError(f"{name}: not of type {hint}")
-    allowed = typing.get_args(hint) or (hint,)
+    allowed = _allowed(hint)
+    if not allowed:
+        return _composed(hint, read, name)
     if type(read) is int and float in allowed:
         read = _float(read)
     if type(read) not in allowed or (isinstance(read, float) and not math.isfinite(read)):
         raise WireError(f"{name}: not of type {hint}")
-    if isinstance(read, str) and any("\ud800" <= letter <= "\udfff" for letter in read):
+    if isinstance(read, str) and not read.isascii() and any(map(_is_half, read)):
         raise WireError(f"{name}: half a character, which no report could hold")
     return read
+
+
+def _composed(hint: Any, read: object, name: str) -> object:
+    if dataclasses.is_dataclass(hint):
+        return _built(typing.cast(type, hint), read, name, {})
+    if typing.get_origin(hint) is list and isinstance(read, list):
+        (of,) = typing.get_args(hint)
+        return [_value(of, one, f"{name}[{place}]") for place, one in enumerate(read)]
+    if typing.get_origin(hint) is dict and isinstance(read, dict):
+        of = typing.get_args(hint)[1]
+        return {_value(str, key, name): _value(of, one, f"{name}.*") for key, one in read.items()}
+    raise WireError(f"{name}: not of type {hint}")
+
+
+@lru_cache
+def _allowed(hint: Any) -> tuple[Any, ...]:
+    """The types of a value without parts; none if it has parts."""
+    if dataclasses.is_dataclass(hint) or typing.get_origin(hint) in (list, dict):
+        return ()
+    return typing.get_args(hint) or (hint,)
+
+
+def _is_half(letter: str) -> bool:
+    return "\ud800" <= letter <= "\udfff"
+
+
+@lru_cache
+def _fields(kind: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(kind))
 
 
 @lru_cache

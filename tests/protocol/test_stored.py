@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.histogram import EXACT, NOISED, Bins, ScoreHistogram
 from protocol.replies import SiteDescription, SiteEvaluation, SiteUpdate, Weights
-from protocol.stored import reply_from_bytes, reply_to_bytes, weights_to_bytes
+from protocol.stored import (
+    reply_from_bytes,
+    reply_to_bytes,
+    weights_from_bytes,
+    weights_to_bytes,
+)
+from protocol.wire import WireError
 
 WEIGHTS: Weights = {
     "a": np.arange(6, dtype=np.float32).reshape(3, 2).T,
@@ -36,6 +44,50 @@ def test_a_model_is_written_as_the_library_writes_it(
     assert weights_to_bytes(model) == safetensors.numpy.save(model)
     turned = {name: np.asarray(value, order="F") for name, value in model.items()}
     assert weights_to_bytes(turned) == safetensors.numpy.save(model)
+
+
+@given(shapes, st.integers(0, 2**16))
+def test_a_model_is_read_as_the_library_reads_it(
+    shapes: dict[str, tuple[int, ...]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    model = {
+        name: np.asarray(rng.random(shape, dtype=np.float32)) for name, shape in shapes.items()
+    }
+    data = safetensors.numpy.save(model, {"text": "beside"} if seed % 2 else None)
+    found = weights_from_bytes(data)
+    assert found.keys() == model.keys()
+    for name, value in model.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert found[name].dtype == np.float32
+        assert not found[name].flags.writeable
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_whatever_comes_is_a_model_or_refused(data: st.DataObject) -> None:
+    content = bytearray(weights_to_bytes(WEIGHTS))
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    del content[data.draw(st.integers(0, len(content)) | st.just(len(content))) :]
+    try:
+        found = weights_from_bytes(bytes(content))
+    except WireError:
+        return
+    assert all(value.dtype == np.float32 for value in found.values())
+
+
+@pytest.mark.parametrize("place", [-4, 8, 2**40, "0", None])
+def test_a_name_twice_cannot_lead_beyond_the_end(place: object) -> None:
+    one = '{"dtype":"F32","shape":[1],"data_offsets":[%s,%s]}'
+    first = f'"a":{one % (json.dumps(place), 4)}'
+    for told in (f'{{{first},"a":{one % (0, 4)}}}', f'{{"a":{one % (0, 4)},{first}}}'):
+        head = told.encode()
+        try:
+            found = weights_from_bytes(len(head).to_bytes(8, "little") + head + b"\0" * 4)
+        except WireError:
+            continue
+        assert found["a"].shape == (1,)
 
 
 @pytest.mark.parametrize("epsilon", [0.1 + 0.2, None])
