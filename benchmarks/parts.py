@@ -69,11 +69,13 @@ def watch_all(clock: Clock) -> None:
     import privacy.sampling
     import privacy.training
     from client.site import Site
+    from models.bags import PlainBags
     from models.embedding import TouchpointBag
     from models.flat import FlatParameters
     from privacy.chain import Chain
     from privacy.descent import Descent
     from privacy.engines import BookKeeping
+    from privacy.gradients import Kept, Lookups, OuterProducts, Products
     from privacy.ledger import Ledger
     from privacy.optimizer import VisitorDPOptimizer
     from privacy.randomness import SeededRandomness
@@ -85,7 +87,10 @@ def watch_all(clock: Clock) -> None:
     clock.watch(torch.autograd, "grad", arithmetic)
     clock.watch(Chain, "backward", arithmetic)
     clock.watch(TouchpointBag, "forward", arithmetic)
-    clipping = "clipping: norms and weighted sums"
+    # A plain backward pass multiplies the same matrices for the gradients of the weights.
+    for kind in (Kept, Lookups, OuterProducts, Products):
+        clock.watch(kind, "add_weighted", "model: gradients of the weights, weighted")
+    clipping = "clipping: visitors' norms and weights"
     clock.watch(BookKeeping, "visitor_gradients", clipping)
     clock.watch(VisitorDPOptimizer, "clip_and_accumulate", clipping)
     clock.watch(SeededRandomness, "normal", "noise: drawing normals")
@@ -93,7 +98,7 @@ def watch_all(clock: Clock) -> None:
     clock.watch(VisitorDPOptimizer, "step", "optimizer's step")
     clock.watch(SeededRandomness, "uniform", "sampling")
     clock.watch(privacy.training, "to_batch", "reading examples")
-    clock.watch(privacy.training._Bags, "take", "reading examples")
+    clock.watch(PlainBags, "take", "reading examples")
     copies = "copies of the weights, new optimizers"
     clock.watch(FlatParameters, "set", copies)
     clock.watch(FlatParameters, "get", copies)

@@ -41,11 +41,9 @@ if TYPE_CHECKING:
 MODELS = ("logistic", "mlp", "gru", "attention")
 SMALL = 50_000
 """Journeys of the small site; the large one's are these, over and over."""
-STEPS = 200
-"""That are timed at once."""
 
 
-def large(model: str, touchpoints: int, repeats: int) -> None:
+def large(model: str, touchpoints: int, steps: int, repeats: int) -> None:
     """One site of so many touchpoints beside a small one."""
     from journeys.examples import Examples
     from journeys.features import feature_spec
@@ -73,14 +71,14 @@ def large(model: str, touchpoints: int, repeats: int) -> None:
             for label, examples in sites.items():
                 batches = len(examples) / BATCH
                 training = LocalTraining(
-                    1 / batches, STEPS, float(BATCH), NOISE, CLIP, config.optimizer
+                    1 / batches, steps, float(BATCH), NOISE, CLIP, config.optimizer
                 )
                 seed = SeededRandomness(repeat)
                 started = time.perf_counter()
                 trainer.train(weights, examples, training, seed)
                 if repeat:
                     spent = time.perf_counter() - started
-                    found[label].append(1e6 * spent / STEPS / BATCH)
+                    found[label].append(1e6 * spent / steps / BATCH)
         size = sum(path.stat().st_size for path in (Path(name) / "large").iterdir())
     each = {label: statistics.median(values) for label, values in found.items()}
     print(f"{model}, a site of {journeys:,} journeys, {touchpoints:,} touchpoints, {size >> 20} MB")
@@ -156,6 +154,7 @@ def main() -> None:
     parser.add_argument("what", choices=("large", "many"), nargs="?", default="large")
     parser.add_argument("--model", choices=MODELS, default="gru")
     parser.add_argument("--touchpoints", type=int, default=50_000_000, help="of the large site")
+    parser.add_argument("--steps", type=int, default=200, help="of a large site, timed at once")
     parser.add_argument("--sites", type=int, default=1000, help="of many")
     parser.add_argument("--journeys", type=int, default=500, help="of each of many sites")
     parser.add_argument("--repeats", type=int, default=5, help="that are measured")
@@ -165,7 +164,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"load average {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores; {TOUCHPOINTS} places")
     if asked.what == "large":
-        large(asked.model, asked.touchpoints, asked.repeats)
+        large(asked.model, asked.touchpoints, asked.steps, asked.repeats)
     else:
         many(asked.model, asked.sites, asked.journeys, asked.repeats)
 

@@ -98,18 +98,23 @@ def _take(
         # An index of numbers has copied them already.
         return np.array(some) if isinstance(rows, slice) else np.asarray(some)
     if isinstance(rows, slice):
-        numbers = list(range(*rows.indices(len(array))))
-    else:
-        numbers = (np.flatnonzero(rows) if rows.dtype == np.bool_ else rows).tolist()
+        rows = np.arange(*rows.indices(len(array)), dtype=np.int64)
+    numbers = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
     result = np.empty((len(numbers), *array.shape[1:]), array.dtype)
     into, size = memoryview(result.reshape(-1).view(np.uint8).data), array.strides[0]
+    # Rows that follow one another in the file are read together.
+    breaks = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
     assert array.filename is not None
     with open(array.filename, "rb", buffering=0) as file:
         descriptor = file.fileno()
-        for place, row in enumerate(numbers):
-            part = into[place * size : place * size + size]
-            if os.preadv(descriptor, (part,), array.offset + row * size) != size:
-                raise OSError(f"{array.filename}: shorter than it was")
+        for first, end in zip([0, *breaks], [*breaks, len(numbers)], strict=True):
+            part, at = into[first * size : end * size], array.offset
+            at += int(numbers[first]) * size if len(numbers) else 0
+            while part:
+                read = os.preadv(descriptor, (part,), at)
+                if read == 0:
+                    raise OSError(f"{array.filename}: shorter than it was")
+                part, at = part[read:], at + read
     return result
 
 

@@ -45,6 +45,12 @@ class TouchpointBag(nn.Module):
         vocabulary, numeric = _vocabulary(spec), len(spec.numeric)
         self.widths = [vocabulary, vocabulary, numeric, numeric, 1]
         self.width = sum(self.widths)
+        # Packed, a row is counts and the newest values as whole numbers, padded to 4 bytes; then
+        # length, label, and what else is in the bag, as float32.
+        self._whole = torch.uint8 if spec.max_touchpoints < 2**8 else torch.int32
+        self._at = -(-2 * vocabulary * self._whole.itemsize // 4) * 4
+        self.packed = self._at + 4 * (2 + sum(self.widths[2:]))
+        """Bytes of a packed row."""
 
     def forward(self, batch: JourneyBatch) -> Tensor:
         """float32 (B, width): share of touchpoints with each value, values of the newest
@@ -54,18 +60,47 @@ class TouchpointBag(nn.Module):
             return batch.bag
         mask = batch.mask()
         size = len(batch)
-        share = mask / batch.length.clamp(min=1).unsqueeze(1)
+        share = mask / _length(batch)
         newest = (batch.length - 1).clamp(min=0)
         picked = torch.arange(size)
         result = mask.new_zeros(size, self.width)
         bag, last, mean, final, length = torch.split(result, self.widths, dim=1)
         for values, first in zip(batch.categorical.unbind(2), self.offsets.tolist(), strict=True):
-            bag[:, first:].scatter_add_(1, values, share)
+            bag[:, first:].scatter_add_(1, values, mask)
+        bag.div_(_length(batch))
         last.scatter_(1, batch.categorical[picked, newest] + self.offsets, 1.0)
         mean.copy_(torch.bmm(share.unsqueeze(1), batch.numeric).squeeze(1))
         final.copy_(batch.numeric[picked, newest])
         length.copy_((batch.length.to(mask.dtype).log() / 3.0).unsqueeze(1))
         return result
+
+    def pack(self, batch: JourneyBatch) -> Tensor:
+        """uint8 (B, packed): bags with their labels, in as little memory as is quick to read."""
+        bag, length, known = self(batch), _length(batch), self.widths[0]
+        packed = torch.zeros(len(batch), self.packed, dtype=torch.uint8)
+        whole, numbers = self._parts(packed)
+        whole[:, :known] = (bag[:, :known] * length).round()
+        whole[:, known : 2 * known] = bag[:, known : 2 * known]
+        numbers[:, :1], numbers[:, 1], numbers[:, 2:] = length, batch.label, bag[:, 2 * known :]
+        return packed
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (B, width) and (B,): bags and labels that were packed, the same bits."""
+        whole, numbers = self._parts(packed)
+        known = self.widths[0]
+        bag = torch.empty(len(packed), self.width)
+        bag[:, : 2 * known] = whole[:, : 2 * known]
+        bag[:, :known].div_(numbers[:, :1])
+        bag[:, 2 * known :] = numbers[:, 2:]
+        return bag, numbers[:, 1]
+
+    def _parts(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        return packed[:, : self._at].view(self._whole), packed[:, self._at :].view(torch.float32)
+
+
+def _length(batch: JourneyBatch) -> Tensor:
+    """float32 (B, 1): touchpoints, at least 1."""
+    return batch.length.clamp(min=1).to(torch.float32).unsqueeze(1)
 
 
 def _vocabulary(spec: FeatureSpec) -> int:

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from conf.schema import OptimizerConfig
 from journeys.examples import Examples
+from models.bags import KeptBags
 from models.batch import JourneyBatch, to_batch
 from models.embedding import TouchpointBag
 from models.flat import FlatParameters
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 AHEAD = 4096
 """Examples that are read at once, for several steps."""
-KEPT_BYTES = 2**26
-"""Of examples as a model reads them, from one round to the next; see `_KeptBags`."""
 
 Weights = dict[str, npt.NDArray[np.float32]]
 """A model's parameters by name."""
@@ -120,7 +118,7 @@ class Trainer:
         self._parameters = FlatParameters(model)
         self._engines: dict[str, Engine] = {}
         bag = getattr(model, "bag", None)
-        self._bags = _KeptBags(bag) if isinstance(bag, TouchpointBag) else None
+        self._bags = KeptBags(bag) if isinstance(bag, TouchpointBag) else None
 
     @property
     def parameters(self) -> int:
@@ -237,56 +235,6 @@ class Trainer:
 
             self._engines[name] = ENGINES[name](self.model)
         return self._engines[name]
-
-
-class _Bags:
-    """Examples as bags of touchpoints."""
-
-    def __init__(self, bag: Tensor, label: Tensor) -> None:
-        self._bag, self._label = bag, label
-        # Of the touchpoints there is nothing left.
-        self._none = torch.empty(0, 0, 0, dtype=torch.int64), torch.empty(0, 0, 0)
-        self._no_length = torch.empty(0, dtype=torch.int64)
-
-    def take(self, rows: npt.NDArray[np.int64]) -> JourneyBatch:
-        """The examples at `rows`."""
-        index = torch.from_numpy(rows)
-        label, bag = self._label.index_select(0, index), self._bag.index_select(0, index)
-        return JourneyBatch(*self._none, self._no_length, label, bag)
-
-
-class _KeptBags:
-    """Sites' journeys as bags of touchpoints, made once: no round changes them.
-
-    Of those that come first as many as fit in `KEPT_BYTES`, each as long as its examples exist.
-    """
-
-    def __init__(self, bag: TouchpointBag) -> None:
-        self.bag = bag
-        self._kept: dict[int, tuple[ref[Examples], _Bags]] = {}
-        self._free = KEPT_BYTES
-
-    def of(self, examples: Examples) -> _Bags | None:
-        """All of `examples`; None if that is too much."""
-        key, size = id(examples), len(examples) * 4 * (self.bag.width + 1)
-        if key not in self._kept:
-            if size > self._free:
-                return None
-            whole = self._whole(examples)
-            examples.unload()
-            self._free -= size
-            self._kept[key] = ref(examples, lambda _: self._drop(key, size)), whole
-        return self._kept[key][1]
-
-    def _whole(self, examples: Examples) -> _Bags:
-        starts = range(0, max(len(examples), 1), AHEAD)
-        parts = [to_batch(examples, slice(start, start + AHEAD)) for start in starts]
-        label = torch.cat([part.label for part in parts])
-        return _Bags(torch.cat([self.bag(part) for part in parts]), label)
-
-    def _drop(self, key: int, size: int) -> None:
-        del self._kept[key]
-        self._free += size
 
 
 class _Visitors:

@@ -18,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from conf.schema import GROUPS, OptimizerConfig
 from journeys.examples import Examples, concatenate
 from journeys.features import FeatureSpec
+from models.bags import PackedBags, PlainBags
 from models.batch import JourneyBatch, to_batch
 from models.registry import build
 from models.weights import set_weights
@@ -381,20 +382,27 @@ def test_kept_bags_train_the_same_model_as_bags_made_for_each_step(
     examples = concatenate([EXAMPLES, repeated(some_examples(60, seed=2), 2)])
     training = replace(TRAINING, noise_multiplier=noise_multiplier)
     weights = new_weights(mlp_trainer().model)
-    first = mlp_trainer().train(weights, examples, training, seed())
+
+    def trained() -> Weights:
+        return mlp_trainer().train(weights, examples, training, seed())
+
+    kept = trained()
+    monkeypatch.setattr("models.bags.KEPT_BYTES", 0)
+    packed = trained()
+    monkeypatch.setattr("models.bags.PACKED_BYTES", 0)
     monkeypatch.setattr("privacy.training.AHEAD", 50)
-    monkeypatch.setattr("privacy.training.KEPT_BYTES", 0)
-    made = mlp_trainer().train(weights, examples, training, seed())
-    assert distance(first, weights) > 0.1
+    made = trained()
+    assert distance(kept, weights) > 0.1
     for name in weights:
-        np.testing.assert_allclose(first[name], made[name], atol=1e-6)
+        np.testing.assert_array_equal(kept[name], packed[name])
+        np.testing.assert_allclose(kept[name], made[name], atol=1e-6)
 
 
-def test_bags_are_made_once_and_gone_with_their_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bags_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, small, large = mlp_trainer(), some_examples(50), some_examples(70)
     assert trainer._bags is not None
     width = trainer._bags.bag.width
-    monkeypatch.setattr(trainer._bags, "_free", 100 * 4 * (width + 1))
+    trainer._bags._free = {PlainBags: 100 * 4 * (width + 1), PackedBags: 0}
     weights = new_weights(trainer.model)
     counted = Mock(wraps=trainer._bags.bag.forward)
     monkeypatch.setattr(trainer._bags.bag, "forward", counted)
