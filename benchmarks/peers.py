@@ -1,6 +1,7 @@
 """A federated round as others run it, and as we do: python benchmarks/peers.py
 
-Ways to run a round over the same random journeys, each in a process of its own, taking turns. One
+Ways to run a round over the same random journeys, each in a process of its own, taking turns (of a
+second, or ten rounds; one round if it takes longer). One
 local epoch, batches of 256, plain SGD; where there is privacy, that of each visitor at each site
 (DP-SGD: clipping norm 1, noise multiplier 1) with the epsilon that it costs:
 
@@ -621,7 +622,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are measured")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each engine")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers/bin/python")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

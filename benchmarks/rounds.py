@@ -41,6 +41,10 @@ SAID = "@"
 IMPORTED = "imported"
 """Said, where that is worth knowing, once an engine's process has imported what it needs."""
 
+TURN_S, TURN_ROUNDS = 1.0, 10
+"""An engine's turn: rounds one after the other, as in a run, until so many seconds or rounds are
+over. After a pause a machine takes its time to give two processes two cores."""
+
 Round = Callable[[int], None]
 
 
@@ -301,17 +305,27 @@ class Engine:
     """Seconds from the start to the end of the first round, less a round."""
     seconds: tuple[float, ...] = ()
     memory: float = 0.0
+    rounds: int = 0
+    """That it has run."""
 
     @property
     def median(self) -> float:
         """Seconds a round."""
         return statistics.median(self.seconds)
 
-    def run(self, round_: int) -> float:
-        """Seconds that one round takes."""
+    def turn(self) -> None:
+        """Run some rounds, and note how long each takes."""
+        spent: list[float] = []
+        while not spent or (sum(spent) < TURN_S and len(spent) < TURN_ROUNDS):
+            spent.append(self.run())
+        self.seconds += tuple(spent)
+
+    def run(self) -> float:
+        """Seconds that the next round takes."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(f"{round_}\n")
+        self.rounds += 1
+        self.process.stdin.write(f"{self.rounds}\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             match line.split():
@@ -342,7 +356,7 @@ def memory_mb(root: int) -> float:
     return total / 1024
 
 
-def peak_memory(engine: Engine, round_: int) -> float:
+def peak_memory(engine: Engine) -> float:
     """Largest memory in one round, sampled."""
     done, peak = threading.Event(), 0.0
 
@@ -355,7 +369,7 @@ def peak_memory(engine: Engine, round_: int) -> float:
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:
-        engine.run(round_)
+        engine.run()
     finally:
         done.set()
         sampler.join()
@@ -373,7 +387,7 @@ def measure(
 
     An engine's command is told, as options, which engine it is and what to run.
     """
-    rounds = repeats + 2
+    rounds = repeats * TURN_ROUNDS + 2
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     running: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -394,17 +408,17 @@ def measure(
                 )
                 running[name] = Engine(process, started)
                 with _left_out_where_it_fails(running, name, optional):
-                    running[name].run(1)
+                    running[name].run()
                     running[name].startup = time.perf_counter() - started
-            for round_ in range(2, repeats + 2):
+            for _ in range(repeats):
                 for name in list(running):
                     with _left_out_where_it_fails(running, name, optional):
-                        running[name].seconds += (running[name].run(round_),)
+                        running[name].turn()
             for name, engine in list(running.items()):
                 engine.startup -= engine.median
                 if sys.platform == "linux":
                     with _left_out_where_it_fails(running, name, optional):
-                        engine.memory = peak_memory(engine, rounds)
+                        engine.memory = peak_memory(engine)
         finally:
             for engine in running.values():
                 assert engine.process.stdin is not None

@@ -1,6 +1,7 @@
 """Seconds a round and memory of simulations, side by side: python benchmarks/simulation.py
 
-Seven ways to run a round over the same random journeys, each in a process of its own, taking turns:
+Seven ways to run a round over the same random journeys, each in a process of its own, taking turns
+(of a second, or ten rounds; one round if it takes longer):
 
 plain      a PyTorch loop over the sites: no privacy, no Flower, index-batched
 opacus     the common pattern: PrivacyEngine.make_private and get_epsilon for each site and round
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--workloads", nargs="+", choices=ASKED, default=list(ASKED))
     parser.add_argument("--runtimes", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are measured")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each engine")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
