@@ -28,6 +28,7 @@ class Descent:
             proximal_mu: weight of FedProx's term mu/2 x |vector - start|², which adds to the
                 gradient; 0 or more.
         """
+        # What Opacus looks for in an optimizer.
         self.param_groups = [{"params": [vector]}]
         self._config = config
         self._vector, self._gradient = vector.detach(), vector.grad
