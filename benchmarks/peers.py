@@ -1,9 +1,9 @@
 """A federated round as others run it, and as we do: python benchmarks/peers.py
 
 Ways to run a round over the same random journeys, each in a process of its own, taking turns (of a
-second, or ten rounds; one round if it takes longer). One
-local epoch, batches of 256, plain SGD; where there is privacy, that of each visitor at each site
-(DP-SGD: clipping norm 1, noise multiplier 1) with the epsilon that it costs:
+second, or ten rounds; one round if it takes longer). One local epoch, batches of 256, plain SGD;
+where there is privacy, that of each visitor at each site (DP-SGD: clipping norm 1, noise multiplier
+1) with the epsilon that it costs:
 
 plain      a PyTorch loop over the sites: our model classes, no privacy, no Flower, index-batched
 bags       the same, what the model makes of a batch before its first weight made once beforehand

@@ -201,7 +201,7 @@ class Site:
         budget, delta = self._policy.epsilon, self._policy.delta
         if budget == math.inf:
             return
-        each = [local_training(plan, visitors).event]
+        each = [self._local_training(plan, visitors).event]
         before = [
             release.event
             for entry in self._ledger.entries()

@@ -6,6 +6,7 @@ import mmap
 import os
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,12 @@ def _take(
     into, size = memoryview(result.reshape(-1).view(np.uint8).data), array.strides[0]
     # Rows that follow one another in the file are read together.
     breaks = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
+    starts = [0, *breaks][: len(numbers)]
     assert array.filename is not None
     with open(array.filename, "rb", buffering=0) as file:
         descriptor = file.fileno()
-        for first, end in zip([0, *breaks], [*breaks, len(numbers)], strict=True):
-            part, at = into[first * size : end * size], array.offset
-            at += int(numbers[first]) * size if len(numbers) else 0
+        for first, end in pairwise([*starts, len(numbers)]):
+            part, at = into[first * size : end * size], array.offset + int(numbers[first]) * size
             while part:
                 read = os.preadv(descriptor, (part,), at)
                 if read == 0:

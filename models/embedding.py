@@ -60,14 +60,15 @@ class TouchpointBag(nn.Module):
             return batch.bag
         mask = batch.mask()
         size = len(batch)
-        share = mask / _length(batch)
+        touchpoints = _length(batch)
+        share = mask / touchpoints
         newest = (batch.length - 1).clamp(min=0)
         picked = torch.arange(size)
         result = mask.new_zeros(size, self.width)
         bag, last, mean, final, length = torch.split(result, self.widths, dim=1)
         for values, first in zip(batch.categorical.unbind(2), self.offsets.tolist(), strict=True):
             bag[:, first:].scatter_add_(1, values, mask)
-        bag.div_(_length(batch))
+        bag.div_(touchpoints)
         last.scatter_(1, batch.categorical[picked, newest] + self.offsets, 1.0)
         mean.copy_(torch.bmm(share.unsqueeze(1), batch.numeric).squeeze(1))
         final.copy_(batch.numeric[picked, newest])

@@ -53,17 +53,12 @@ def read_request(parts: Parts) -> Request:
     return Request(plans, _read_model(parts.weights))
 
 
-# A round asks all the sites of a process the same, of the same model.
+# A round asks all the sites of a process the same, of the same model (`_read_model`).
 
 
 @lru_cache(maxsize=4)
 def _read_plan(text: str) -> RoundPlan:
     return from_text(RoundPlan, text)
-
-
-@lru_cache(maxsize=1)
-def _read_model(data: bytes | None) -> Weights:
-    return read_weights(data)
 
 
 def reply_parts(replies: Mapping[str, Reply]) -> Parts:
@@ -102,3 +97,6 @@ def _check_asks(parts: Parts, known: Sequence[str]) -> None:
 def read_weights(data: bytes | None) -> Weights:
     """The arrays of a model that came; none where there is none. Raises `WireError`."""
     return {} if data is None else weights_from_bytes(data)
+
+
+_read_model = lru_cache(maxsize=1)(read_weights)

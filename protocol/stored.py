@@ -32,9 +32,9 @@ def _form(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[bytes, list[
     """
     empty = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes}
     data = safetensors.numpy.save(empty)
-    end = 8 + int.from_bytes(data[:8], "little")
-    places = {name: told["data_offsets"] for name, told in json.loads(data[8:end]).items()}
-    return data[:end], sorted(places, key=places.__getitem__)
+    start = _start(data)
+    places = {name: told["data_offsets"] for name, told in json.loads(start[8:]).items()}
+    return start, sorted(places, key=places.__getitem__)
 
 
 def weights_from_bytes(data: bytes) -> Weights:
@@ -43,18 +43,23 @@ def weights_from_bytes(data: bytes) -> Weights:
     Raises:
         WireError: It is none, or not of float32.
     """
-    start = 8 + int.from_bytes(data[:8], "little")
+    start = _start(data)
     return {
-        name: np.frombuffer(data, "<f4", math.prod(shape), start + at).reshape(shape)
-        for name, shape, at in _layout(data[:start], len(data) - start)
+        name: np.frombuffer(data, "<f4", math.prod(shape), len(start) + at).reshape(shape)
+        for name, shape, at in _layout(start, len(data) - len(start))
     }
+
+
+def _start(data: bytes) -> bytes:
+    """All before the numbers: 8 bytes that say how long the JSON is, and the JSON."""
+    return data[: 8 + int.from_bytes(data[:8], "little")]
 
 
 @lru_cache(maxsize=2)
 def _layout(start: bytes, size: int) -> list[tuple[str, tuple[int, ...], int]]:
     """Name, shape and place of each array, by what comes before `size` bytes of numbers."""
     try:
-        arrays = safetensors.numpy.load(start + bytes(max(size, 0)))
+        arrays = safetensors.numpy.load(start + bytes(size))
         told = json.loads(start[8:])
         places = {name: told[name]["data_offsets"][0] for name in arrays}
         sound = all(0 <= places[name] <= size - a.nbytes for name, a in arrays.items())
@@ -85,8 +90,7 @@ def reply_to_bytes(reply: Reply) -> bytes:
 
 def reply_from_bytes(data: bytes) -> Reply:
     """The answer that `reply_to_bytes` wrote, to the last bit."""
-    length = int.from_bytes(data[:8], "little")
-    ((kind, text),) = json.loads(data[8 : 8 + length])["__metadata__"].items()
+    ((kind, text),) = json.loads(_start(data)[8:])["__metadata__"].items()
     if REPLIES[kind] is SiteUpdate:
         return from_text(SiteUpdate, text, weights=safetensors.numpy.load(data))
     return from_text(REPLIES[kind], text)

@@ -33,14 +33,16 @@ shapes = st.dictionaries(
 )
 
 
+def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> Weights:
+    draw = np.random.default_rng(seed).random
+    return {name: np.asarray(draw(shape, dtype=np.float32)) for name, shape in shapes.items()}
+
+
 @given(shapes, st.integers(0, 2**16))
 def test_a_model_is_written_as_the_library_writes_it(
     shapes: dict[str, tuple[int, ...]], seed: int
 ) -> None:
-    rng = np.random.default_rng(seed)
-    model = {
-        name: np.asarray(rng.random(shape, dtype=np.float32)) for name, shape in shapes.items()
-    }
+    model = drawn(shapes, seed)
     assert weights_to_bytes(model) == safetensors.numpy.save(model)
     turned = {name: np.asarray(value, order="F") for name, value in model.items()}
     assert weights_to_bytes(turned) == safetensors.numpy.save(model)
@@ -50,10 +52,7 @@ def test_a_model_is_written_as_the_library_writes_it(
 def test_a_model_is_read_as_the_library_reads_it(
     shapes: dict[str, tuple[int, ...]], seed: int
 ) -> None:
-    rng = np.random.default_rng(seed)
-    model = {
-        name: np.asarray(rng.random(shape, dtype=np.float32)) for name, shape in shapes.items()
-    }
+    model = drawn(shapes, seed)
     data = safetensors.numpy.save(model, {"text": "beside"} if seed % 2 else None)
     found = weights_from_bytes(data)
     assert found.keys() == model.keys()
