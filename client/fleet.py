@@ -84,6 +84,9 @@ LARGEST_TEXT = 4 * 2**20
 MOST_OBJECTS = 1_000
 """Objects (Flower's name for the pieces of a message)."""
 
+_PUSHES = 5
+"""So often an answer is pushed until the hub has all that it holds."""
+
 _LARGEST_BODY = LARGEST_MESSAGE + 2**20
 _LONGEST_CALL_S = 120.0
 _TIMEOUT = httpx.Timeout(20.0, connect=10.0)
@@ -272,27 +275,35 @@ class Fleet:
         run = reply.metadata.run_id
         # What it holds travels in the objects.
         told = message_to_proto(remove_content_from_message(reply))
-        pushed = self._ask_of_run(
-            self._client.PushMessages,
-            PushMessagesRequest(
-                node=self._node,
-                messages_list=[told],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[seconds],
-            ),
+        push = PushMessagesRequest(
+            node=self._node,
+            messages_list=[told],
+            message_object_trees=[tree],
+            clientapp_runtime_list=[seconds],
         )
-        for id_ in pushed.objects_to_push:
-            if id_ not in objects:
+        # Where an object was not stored, the hub says anew what it lacks. It says so, too, of one
+        # that it has stored without its answer coming through.
+        for _ in range(_PUSHES):
+            pushed = self._ask_of_run(self._client.PushMessages, push)
+            if not set(pushed.objects_to_push) <= objects.keys():
                 raise HubError(STRANGE, "the hub asked for what is no part of the answer")
-            push = PushObjectRequest(
-                node=self._node,
-                run_id=run,
-                object_id=id_,
-                object_content=objects[id_],
-                session_id=pushed.session_id,
-            )
-            if not self._ask_of_run(self._client.PushObject, push).stored:
-                raise MessageError("the hub took too long to take the answer")
+            if all(
+                self._push(run, pushed.session_id, id_, objects[id_])
+                for id_ in pushed.objects_to_push
+            ):
+                return
+        raise MessageError("the hub took too long to take the answer")
+
+    def _push(self, run: int, session: str, id_: str, content: bytes) -> bool:
+        """Hand the hub one object; does it say that it has stored it?"""
+        request = PushObjectRequest(
+            node=self._node,
+            run_id=run,
+            object_id=id_,
+            object_content=content,
+            session_id=session,
+        )
+        return bool(self._ask_of_run(self._client.PushObject, request).stored)
 
     def _pull(self, run: int, id_: str) -> bytes:
         """One object, which the coordinator may still be sending."""

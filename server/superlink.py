@@ -14,13 +14,14 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import httpx
+from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SubStatus
 from flwr.common.serde import fab_to_proto, run_from_proto
@@ -41,6 +42,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.run import RunNotRunningException
@@ -56,7 +58,7 @@ LONGEST_OUTAGE_S = 60.0
 CONTROL_TIMEOUT_S = 10.0
 """Longest wait for the answer to a call that is not a run's."""
 
-LOST = (httpx.HTTPError, RunNotRunningException)
+LOST = (httpx.HTTPError, RunNotRunningException, ObjectPushError)
 """What a grid raises once its SuperLink is lost, or has given up the run."""
 
 
@@ -197,6 +199,19 @@ class _Grid(HttpGrid):
         """The runtime API, with this run's token."""
         return self._runtime_client
 
+    def _try_push_messages(self, run_id: int, messages: Iterable[Message]) -> list[str]:
+        """Push messages; again, with what the SuperLink lacks, where an object was not stored.
+
+        It says so, too, of an object that it has stored without its answer coming through.
+        """
+        messages = list(messages)
+        for _ in range(_PUSHES - 1):
+            try:
+                return super()._try_push_messages(run_id, messages)
+            except ObjectPushError:
+                continue
+        return super()._try_push_messages(run_id, messages)
+
     def end(self, status: str, details: str) -> None:
         """Tell the SuperLink that the run is over, if it is there to hear it."""
         self._retry_invoker.max_tries = 1
@@ -207,6 +222,9 @@ class _Grid(HttpGrid):
         finally:
             self.close()
 
+
+_PUSHES = 5
+"""So often messages are pushed until the SuperLink has all that they hold."""
 
 _PATIENCE = 2
 """Heartbeats that a SuperNode may miss before Flower takes it for offline."""

@@ -381,6 +381,22 @@ def test_only_the_answer_is_pushed(hub: FakeHub, site: Fleet) -> None:
     site.answer(receive(site), "no", 0.1)
 
 
+def test_a_hub_that_stores_nothing_is_not_handed_an_answer_for_ever(
+    hub: FakeHub, site: Fleet
+) -> None:
+    offer(hub, to_records(PARTS))
+
+    def push_message(request: bytes) -> Answer:
+        [tree] = PushMessagesRequest.FromString(request).message_object_trees
+        response = PushMessagesResponse(objects_to_push=[tree.object_id], session_id="s")
+        return 200, response.SerializeToString()
+
+    hub.says["push-messages"] = push_message
+    hub.say("push-object", PushObjectResponse(stored=False))
+    with pytest.raises(MessageError, match="too long to take the answer"):
+        site.answer(receive(site), "no", 0.1)
+
+
 def test_a_run_that_is_over_is_told_apart(hub: FakeHub, site: Fleet) -> None:
     offer(hub, to_records(PARTS))
     asked = receive(site)

@@ -6,12 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -19,7 +23,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.superlink.grid.http_grid import HttpGrid
 
 import server.superlink
+from client.fleet import Fleet
 from conf.hub import HubConfig
+from protocol.exchange import Parts
+from protocol.records import from_records, to_records
 from server.admission import admit, remove, tell_superlink
 from server.hub import HubError, HubFolder, SuperLinkError, create_hub
 from server.monitoring import HubFigures, health
@@ -68,8 +75,8 @@ def superlink(hub: HubFolder) -> SuperLink:
     return open_superlink(hub)
 
 
-def admitted(hub: HubFolder, name: str) -> bytes:
-    public = ec.generate_private_key(ec.SECP384R1()).public_key()
+def admitted(hub: HubFolder, name: str, key: ec.EllipticCurvePrivateKey | None = None) -> bytes:
+    public = (key or ec.generate_private_key(ec.SECP384R1())).public_key()
     path = hub.path / "key.pub"
     path.write_bytes(public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     admit(hub, path, name)
@@ -127,6 +134,60 @@ def test_a_run_that_ended_is_lost_to_its_grid(superlink: SuperLink) -> None:
     # The call connected anew.
     assert isinstance(grid, HttpGrid)
     grid.close()
+
+
+def test_an_answer_that_is_lost_on_the_way_costs_no_message(
+    hub: HubFolder, superlink: SuperLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    admitted(hub, "corner", key)
+    tell_superlink(hub, superlink)
+    authority = (hub.certificates / "ca.crt").read_bytes()
+    site = Fleet(superlink.address, authority, key, "corner", threading.Event())
+    node = site.activate(None)
+    asked = Parts({"train": "what is asked"}, bytes(1000))
+    answer = Parts({"train": "the answer"}, bytes(range(100)))
+    with superlink.open_grid() as grid, monkeypatch.context() as patched:
+        lost = lose_first_answers(patched)
+        message = Message(to_records(asked), node, "train", ttl=60)
+        assert grid.push_messages([message]) == [message.metadata.message_id]
+        received = site.receive()
+        assert received is not None
+        assert site.fetch(received) == asked
+        site.answer(received, answer, 0.1)
+        [reply] = grid.pull_messages([message.metadata.message_id])
+        assert from_records(reply.content) == answer
+        # Each call twice: by the coordinator and by the site.
+        assert Counter(path.rpartition("/")[2] for path in lost) == {
+            "push-messages": 2,
+            "push-object": 2,
+            "pull-object": 2,
+            "confirm-message-received": 2,
+        }
+    site.deactivate()
+    site.close()
+    remove(hub, "corner")
+    tell_superlink(hub, superlink)
+
+
+def lose_first_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The first answer to each call that asks for the same again is lost after it was given.
+
+    The others hand something out once: what is lost with them is not asked for again.
+    """
+    lost: list[str] = []
+    send = httpx.Client.send
+
+    def losing(self: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
+        response = send(self, request, **options)
+        path = request.url.path
+        if path not in lost and not path.endswith("/pull-messages"):
+            lost.append(path)
+            raise httpx.ReadError("the answer is lost")
+        return response
+
+    monkeypatch.setattr(httpx.Client, "send", losing)
+    return lost
 
 
 def test_a_superlink_that_dies_is_lost_after_a_bounded_time_and_started_again(
