@@ -32,6 +32,8 @@ from protocol.wire import WireError
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.0005, 0.1
 _LARGEST_COUNT = 1e12
+_REPEAT_AFTER = 0.1
+"""The part of the time to answer after which a message is sent again."""
 
 
 class JoinError(RuntimeError):
@@ -53,8 +55,8 @@ class Federation:
         self._grid = grid
         self._admitted = admitted
         self._nodes: dict[int, SiteDescription] = {}
-        self._asked: dict[str, int] = {}
-        """Who has been asked who they are and has not answered: the node, by message."""
+        self._joining = self._calls()
+        """Who has been asked who they are and has not answered."""
         self._failures: dict[int, SiteFailure] = {}
 
     @property
@@ -79,16 +81,16 @@ class Federation:
         """
         deadline = time.monotonic() + timeout
         heard = time.monotonic()
-        while self._asked or len(self._nodes) + len(self._failures) < expected:
+        while self._joining.open or len(self._nodes) + len(self._failures) < expected:
             # Who has failed in this join is asked again with the first round.
             if self._ask_who(plan, timeout, but=self._failures.keys()) or self._hear_who(plan):
                 heard = time.monotonic()
                 continue
             # Who was asked at the last moment has a second to answer.
-            if time.monotonic() > (max(deadline, heard + 1.0) if self._asked else deadline):
+            if time.monotonic() > (max(deadline, heard + 1.0) if self._joining.open else deadline):
                 break
             time.sleep(_pause(time.monotonic() - heard))
-        for node in self._asked.values():
+        for node in self._joining.nodes:
             name = self._name(node)
             self._failures[node] = SiteFailure(name, "missing", f"no reply in {timeout:.0f} s")
         for node, name in (self._admitted or {}).items():
@@ -111,7 +113,7 @@ class Federation:
         kind = MessageType.TRAIN if "train" in request.plans else MessageType.EVALUATE
         answers: dict[int, dict[str, Reply | SiteFailure]] = {}
         messages = self._messages(request, kind, nodes, timeout)
-        for node, message in _exchange(self._grid, messages, timeout):
+        for node, message in self._exchange(messages, timeout):
             # The first reply of a site counts; another one is dropped unread.
             if node not in answers:
                 answers[node] = self._read(node, message, request)
@@ -131,7 +133,7 @@ class Federation:
         records, kind = to_records(parts), MessageType.QUERY
         messages = [Message(records, node, kind, group_id=run, ttl=timeout) for node in present]
         answers: dict[int, SiteReceipt | SiteFailure] = {}
-        for node, message in _exchange(self._grid, messages, timeout):
+        for node, message in self._exchange(messages, timeout):
             if node not in answers:
                 answers[node] = self._receipt(node, message, run)
         for node in self._admitted or present:
@@ -155,6 +157,27 @@ class Federation:
             return SiteFailure(name, "dropped", "answered under another site's name")
         return reply
 
+    def _exchange(self, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message]]:
+        """Nodes' replies as they come, until each has answered or `timeout` seconds are over.
+
+        Polls rarely when sites take long: waiting adds about one per cent.
+        """
+        started = time.monotonic()
+        calls = self._calls()
+        calls.send(messages)
+        while calls.open:
+            replies = calls.receive()
+            yield from ((node, reply) for node, reply in replies if not _is_expired(reply))
+            waited = time.monotonic() - started
+            if waited > timeout:
+                return
+            if calls.open and not replies:
+                time.sleep(_pause(waited))
+
+    def _calls(self) -> _Calls:
+        # Nothing is lost within a simulation, whose sites may wait long for their turn.
+        return _Calls(self._grid, repeats=self._admitted is not None)
+
     def _present(self) -> set[int]:
         nodes = set(self._grid.get_node_ids())
         return nodes if self._admitted is None else nodes & self._admitted.keys()
@@ -165,23 +188,17 @@ class Federation:
 
     def _ask_who(self, plan: RoundPlan, timeout: float, but: Collection[int]) -> bool:
         """Ask those who have not joined who they are, without waiting; whether there was anyone."""
-        known = {*self._nodes, *self._asked.values(), *but}
+        known = {*self._nodes, *self._joining.nodes, *but}
         strangers = sorted(self._present() - known)
         if strangers:
-            messages = self._messages(_who(plan), MessageType.QUERY, strangers, timeout)
-            ids = self._grid.push_messages(messages)
-            self._asked |= zip(ids, strangers, strict=True)
+            self._joining.send(self._messages(_who(plan), MessageType.QUERY, strangers, timeout))
         return bool(strangers)
 
     def _hear_who(self, plan: RoundPlan) -> bool:
         """Take in who has joined since; whether anybody answered."""
-        waiting = list(self._asked)
         came: dict[int, SiteDescription] = {}
-        for message in self._grid.pull_messages(waiting) if waiting else ():
-            node = _sender(message, self._asked)
-            if node is None:
-                continue
-            del self._asked[message.metadata.reply_to_message_id]
+        replies = self._joining.receive()
+        for node, message in replies:
             if _is_offline(message):
                 # Asked anew once it is back.
                 continue
@@ -193,7 +210,7 @@ class Federation:
                 self._failures[node] = answer
         if came:
             self._welcome(came)
-        return len(self._asked) < len(waiting)
+        return bool(replies)
 
     def _welcome(self, came: Mapping[int, SiteDescription]) -> None:
         joined = {**self._nodes, **came}
@@ -259,33 +276,84 @@ _ANSWERS: dict[str, type[Reply]] = {
 }
 
 
-def _exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message]]:
-    """Nodes' replies as they come, until each has answered or `timeout` seconds are over.
+class _Calls:
+    """Messages that wait for a reply. One that has none for long is sent a second time.
 
-    Polls rarely when sites take long: waiting adds about one per cent.
+    A message is lost, and nobody hears of it, where who it was just handed to dies: the site, the
+    SuperLink, or the connection between them. Who is asked twice trains once and is charged once.
     """
-    started = time.monotonic()
-    nodes = [message.metadata.dst_node_id for message in messages]
-    asked = dict(zip(grid.push_messages(messages), nodes, strict=True))
-    open_ids = set(asked)
-    while open_ids:
-        replies = list(grid.pull_messages(open_ids))
-        open_ids -= {reply.metadata.reply_to_message_id for reply in replies}
-        for reply in replies:
-            node = _sender(reply, asked)
-            if node is not None and not _is_expired(reply):
-                yield node, reply
-        waited = time.monotonic() - started
-        if waited > timeout:
+
+    def __init__(self, grid: Grid, repeats: bool) -> None:
+        self._grid = grid
+        self._repeats = repeats
+        self._open: dict[str, int] = {}
+        """The node that was asked, by message."""
+        self._other: dict[str, str] = {}
+        """Of two messages that ask a node the same, each by the other."""
+        self._due: list[tuple[float, list[Message]]] = []
+        """When to send them again where no reply has come."""
+
+    @property
+    def open(self) -> bool:
+        """Is there a reply to wait for?"""
+        return bool(self._open)
+
+    @property
+    def nodes(self) -> set[int]:
+        """Those that have not answered."""
+        return set(self._open.values())
+
+    def send(self, messages: list[Message]) -> None:
+        """Ask each message's node. All have the same time to live."""
+        self._push(messages)
+        if self._repeats and messages:
+            due = time.monotonic() + _REPEAT_AFTER * messages[0].metadata.ttl
+            self._due.append((due, messages))
+
+    def receive(self) -> list[tuple[int, Message]]:
+        """What has come: of each node that answered the first reply, or the SuperLink's for it."""
+        for due in [one for one in self._due if one[0] < time.monotonic()]:
+            self._due.remove(due)
+            self._repeat(due[1])
+        replies = []
+        for reply in list(self._grid.pull_messages(self._open.keys())) if self._open else ():
+            id_ = reply.metadata.reply_to_message_id
+            node = self._open.get(id_)
+            if node is None or reply.metadata.src_node_id not in (node, SUPERLINK_NODE_ID):
+                continue
+            del self._open[id_]
+            other = self._other.get(id_)
+            if other in self._open and _is_expired(reply):
+                continue
+            if other is not None:
+                self._open.pop(other, None)
+            replies.append((node, reply))
+        return replies
+
+    def _push(self, messages: list[Message]) -> None:
+        for id_, message in zip(self._grid.push_messages(messages), messages, strict=True):
+            self._open[id_] = message.metadata.dst_node_id
+
+    def _repeat(self, messages: list[Message]) -> None:
+        first = messages[0].metadata
+        left = first.created_at + first.ttl - time.time()
+        silent = [one for one in messages if one.metadata.message_id in self._open]
+        if left <= 0 or not silent:
             return
-        if open_ids and not replies:
-            time.sleep(_pause(waited))
-
-
-def _sender(reply: Message, asked: Mapping[str, int]) -> int | None:
-    """The node that was asked, if this is its reply or the SuperLink's word that none will come."""
-    node = asked.get(reply.metadata.reply_to_message_id)
-    return node if reply.metadata.src_node_id in (node, SUPERLINK_NODE_ID) else None
+        repeats = [
+            Message(
+                message.content,
+                message.metadata.dst_node_id,
+                message.metadata.message_type,
+                group_id=message.metadata.group_id,
+                ttl=left,
+            )
+            for message in silent
+        ]
+        self._push(repeats)
+        for one, other in zip(silent, repeats, strict=True):
+            ids = one.metadata.message_id, other.metadata.message_id
+            self._other |= zip(ids, reversed(ids), strict=True)
 
 
 def _is_expired(reply: Message) -> bool:

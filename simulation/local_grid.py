@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -91,7 +91,7 @@ class LocalGrid(Grid):
 
         Workers get their next messages here, too: they stand still while nobody asks.
         """
-        asked = set(message_ids)
+        asked = message_ids if isinstance(message_ids, Set) else set(message_ids)
         until = time.monotonic() + _MOMENT_S
         while asked and asked.isdisjoint(self._replies):
             left = until - time.monotonic()

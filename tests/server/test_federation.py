@@ -364,6 +364,81 @@ def test_training_waits_no_longer_than_its_time() -> None:
     assert answers["b"] == SiteFailure("b", "missing", "no reply in 0 s")
 
 
+def second_time(answer: Callable[[list[Message]], list[Message]]) -> Answer:
+    """Says nothing to the first message, and to the second what `answer` makes of both."""
+    asked: list[Message] = []
+
+    def silent_at_first(message: Message, plan: RoundPlan) -> list[Message]:
+        asked.append(message)
+        return answer(asked) if len(asked) == 2 else []
+
+    return silent_at_first
+
+
+def good_update(message: Message) -> Message:
+    return reply(message, update("b", 2))
+
+
+def expired(message: Message) -> Message:
+    return superlink(ErrorCode.MESSAGE_UNAVAILABLE)(message, PLAN)[0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda asked: [good_update(asked[1])],
+        lambda asked: [good_update(asked[0])],
+        lambda asked: [good_update(asked[0]), good_update(asked[1])],
+        lambda asked: [expired(asked[0]), good_update(asked[1])],
+        lambda asked: [expired(asked[1]), good_update(asked[0])],
+    ],
+)
+def test_a_site_that_says_nothing_is_asked_once_more(
+    answer: Callable[[list[Message]], list[Message]],
+) -> None:
+    grid = FakeGrid({1: good("a"), 2: after_joining("b", second_time(answer))})
+    federation = Federation(ById(grid), {1: "a", 2: "b"})
+    federation.join(PLAN, 2, 2, 5.0)
+    started = time.monotonic()
+
+    answers = train(federation, timeout=5.0)
+
+    assert isinstance(answers["b"], SiteUpdate)
+    # At a tenth of the time, and not a second one more is waited.
+    assert 0.5 <= time.monotonic() - started < 2.5
+
+
+def test_who_stays_silent_is_asked_twice_and_who_has_answered_once() -> None:
+    grid = FakeGrid({1: good("a"), 2: after_joining("b", silent)})
+    federation = Federation(grid, {1: "a", 2: "b"})
+    federation.join(PLAN, 2, 2, 5.0)
+
+    answers = train(federation, timeout=0.3)
+
+    assert answers["b"] == SiteFailure("b", "missing", "no reply in 0 s")
+    assert [node for node, kind, _ in grid.asked if kind == "train"] == [1, 2, 2]
+
+
+def test_nothing_is_asked_twice_in_a_simulation() -> None:
+    grid = FakeGrid({1: good("a"), 2: after_joining("b", silent)})
+    federation = Federation(grid)
+    federation.join(PLAN, 2, 2, 5.0)
+
+    train(federation, timeout=0.3)
+
+    assert [node for node, kind, _ in grid.asked if kind == "train"] == [1, 2]
+
+
+def test_who_joins_is_asked_once_more_too() -> None:
+    answer = second_time(lambda asked: [reply(asked[1], SiteDescription("b", 100.0))])
+    grid = FakeGrid({1: good("a"), 2: answer})
+    federation = Federation(grid, {1: "a", 2: "b"})
+
+    federation.join(PLAN, expected=2, needed=2, timeout=2.0)
+
+    assert list(federation.descriptions) == ["a", "b"]
+
+
 def test_a_late_reply_of_an_earlier_round_does_not_count_for_a_later_one() -> None:
     held: list[Message] = []
 
