@@ -15,7 +15,7 @@ from journeys.examples import Examples
 from models.batch import JourneyBatch, to_batch
 from models.embedding import TouchpointBag
 
-KEPT_BYTES = 2**26
+KEPT_BYTES = 2**24
 """Of bags as a model reads them."""
 PACKED_BYTES = 2**30
 """Of packed bags, which take about a third of that and 0.1 µs an example to unpack."""

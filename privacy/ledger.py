@@ -521,6 +521,9 @@ def _open(path: Path, durable: bool) -> sqlite3.Connection:
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+        if not durable:
+            # A process of a simulation has many open, and SQLite sets 20 pages aside for each.
+            database.execute("PRAGMA page_size = 2048")
         (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise sqlite3.OperationalError(f"journal mode {mode}")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import multiprocessing
 import select
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
+from protocol.records import from_records
 from simulation.faults import Faults, misbehave
 from simulation.fleet import PARTITION, Fleet
 
@@ -25,8 +29,14 @@ Deliver = Callable[[Message], None]
 _Task = tuple[int, Message]
 """A message for a site of this index."""
 
-_AHEAD = 2
-"""Messages that a process has: one that it answers, and one so that it need not wait for it."""
+_AHEAD = 24
+"""Messages that a process has: one that it answers, and more that it need not wait for."""
+
+_LONGEST_NAP_S = 0.012
+"""So long replies may lie where processes have enough to do."""
+
+_ROOM = 2**20
+"""Bytes of replies that may lie, as far as the system lets them."""
 
 
 class InlineWorker:
@@ -80,6 +90,9 @@ class ProcessWorker:
         self._deliver = deliver
         self._waiting: deque[_Task] = deque()
         self._sent: deque[_Task] = deque()
+        self._came = select.poll()
+        self._pace = self._since = 0.0
+        """Seconds that a reply took, and when the last one came."""
         self._start()
 
     def send(self, index: int, message: Message) -> None:
@@ -92,67 +105,91 @@ class ProcessWorker:
         """Whether a reply is to come."""
         return bool(self._sent)
 
+    @property
+    def ease(self) -> float:
+        """Seconds for which it need not be looked after: half of what it has takes so long."""
+        if len(self._sent) < _AHEAD / 3 or _AHEAD * self._reply_bytes > self._room:
+            return 0.0
+        return self._pace * len(self._sent) / 2
+
     def fileno(self) -> int:
         """What can be read from once there is something to take in."""
-        return self._connection.fileno()
+        return self._replies.fileno()
 
-    def take_in(self, *, has_come: bool) -> None:
-        """Deliver a reply if one has come, or an error if its time is over."""
-        if self.busy and (has_come or _time_left(self._sent[0][1]) <= 0):
-            self._receive(has_come)
-            self._send_ahead()
+    def take_in(self) -> None:
+        """Deliver the replies that have come, or an error if the time of the next one is over."""
+        replies = 0
+        while self.busy and self._came.poll(0):
+            self._receive(has_come=True)
+            replies += 1
+        if replies:
+            now = time.monotonic()
+            self._pace = (now - self._since) / replies
+            self._since = now
+        if self.busy and _time_left(self._sent[0][1]) <= 0:
+            self._receive(has_come=False)
+        self._send_ahead()
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
         self._process.kill()
         self._process.join()
-        self._connection.close()
+        self._came.unregister(self._replies)
+        self._requests.close()
+        self._replies.close()
 
     def _start(self) -> None:
         # Not fork: a fork of a process with threads (polars, torch) may hang. The fork server loads
         # what sites need once, has no threads, and starts a worker at once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["simulation.preload"])
-        self._connection, theirs = context.Pipe()
+        requests, self._requests = context.Pipe(duplex=False)
+        self._replies, replies = context.Pipe(duplex=False)
+        self._room = _widen(replies)
+        self._reply_bytes = 0
+        self._pace = 0.0
+        self._came.register(self._replies, select.POLLIN)
         process = context.Process(
-            target=_run_worker, args=(theirs, self._fleet, self._faults), daemon=True
+            target=_run_worker, args=(requests, replies, self._fleet, self._faults), daemon=True
         )
         process.start()
         self._process = process
         self._content: RecordDict | None = None
-        theirs.close()
+        requests.close()
+        replies.close()
 
     def _send_ahead(self) -> None:
-        """Hand over the next messages."""
+        """Hand over the next messages. They share their content, which is sent once."""
+        tasks = []
+        if not self._sent:
+            self._since = time.monotonic()
         while self._waiting and len(self._sent) < _AHEAD:
             index, message = self._waiting[0]
-            if self._sent and message.content is not self._content:
+            known = message.content is self._content
+            if self._sent and not known:
                 # It is large: the process, while it sends a reply, may have no room to take it.
-                return
+                break
             self._waiting.popleft()
             if _time_left(message) <= 0:
                 self._deliver(_error(message, "another site of its worker took all the time"))
                 continue
+            if not known:
+                self._content = message.content
+                self._reply_bytes = _size(message.content)
             self._sent.append((index, message))
-            try:
-                self._hand_over(index, message)
-            except OSError:
-                # It died: there will be no reply.
-                return
+            tasks.append((index, message.metadata, None if known else message.content))
+        if tasks:
+            # Where the process died there will be no reply.
+            with suppress(OSError):
+                self._requests.send(tasks)
 
-    def _hand_over(self, index: int, message: Message) -> None:
-        """Messages to several sites share their content, which is sent once."""
-        known = message.content is self._content
-        self._connection.send((index, message.metadata, None if known else message.content))
-        self._content = message.content
-
-    def _receive(self, has_come: bool) -> None:
+    def _receive(self, *, has_come: bool) -> None:
         """Deliver the reply to the first message that was sent, or why there is none."""
         _, message = self._sent.popleft()
         try:
             if not has_come:
                 raise TimeoutError
-            reply = self._connection.recv()
+            reply = self._replies.recv()
         except (EOFError, OSError) as error:
             timeout = isinstance(error, TimeoutError)
             reply = _error(
@@ -166,29 +203,48 @@ class ProcessWorker:
 
 
 def take_in(workers: Sequence[ProcessWorker], seconds: float) -> None:
-    """Let `workers` deliver what has come, a reply each; wait for a first one at most so long."""
-    poll, busy = select.poll(), [worker for worker in workers if worker.busy]
+    """Let `workers` deliver what has come; wait for a first reply at most so long."""
+    busy = [worker for worker in workers if worker.busy]
+    # To wake up for each reply costs as much as to read it.
+    if ease := min((worker.ease for worker in busy), default=0.0):
+        time.sleep(min(ease, _LONGEST_NAP_S))
+    poll = select.poll()
     for worker in busy:
         poll.register(worker, select.POLLIN)
-    came = {file for file, _ in poll.poll(1000 * seconds)}
+    poll.poll(1000 * seconds)
     for worker in busy:
-        worker.take_in(has_come=worker.fileno() in came)
+        worker.take_in()
 
 
-def _run_worker(connection: Connection, fleet: Fleet, faults: Faults) -> None:
-    """Serve `connection` until it closes: a site's index and a message in, a reply out."""
-    replies: list[Message] = []
-    worker = InlineWorker(fleet, faults, replies.append)
+def _widen(pipe: Connection) -> int:
+    """Make room for `_ROOM` bytes, as far as the system lets it; returns what there is."""
+    if sys.platform != "linux":
+        return 0
+    with suppress(OSError):
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _ROOM)
+    return fcntl.fcntl(pipe.fileno(), fcntl.F_GETPIPE_SZ)
+
+
+def _size(content: RecordDict) -> int:
+    """Bytes of a reply at most, to a request of such content: a model as large, and text."""
+    return len(from_records(content).weights or b"") + 2**13
+
+
+def _run_worker(requests: Connection, replies: Connection, fleet: Fleet, faults: Faults) -> None:
+    """Serve `requests` until they end: lists of a site's index and a message, each with a reply."""
+    answers: list[Message] = []
+    worker = InlineWorker(fleet, faults, answers.append)
     content = RecordDict()
     while True:
         try:
-            index, metadata, new = connection.recv()
+            tasks = requests.recv()
         except EOFError:
             return
-        content = content if new is None else new
-        # By its metadata: what is no reply is else stamped as this process's own.
-        message: Message = cast(Any, Message)(content=content, metadata=metadata)
-        connection.send(worker.answer(index, message))
+        for index, metadata, new in tasks:
+            content = content if new is None else new
+            # By its metadata: what is no reply is else stamped as this process's own.
+            message: Message = cast(Any, Message)(content=content, metadata=metadata)
+            replies.send(worker.answer(index, message))
 
 
 def _time_left(message: Message) -> float:

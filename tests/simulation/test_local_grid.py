@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import simulation.local_grid
+import simulation.workers
 from conf.compose import load
 from conf.schema import Config
 from journeys.examples import Examples
@@ -50,10 +51,28 @@ def examples(n: int) -> Examples:
     )
 
 
+def fleet_of(folder: Path, sizes: Iterable[int]) -> Fleet:
+    sites = [SiteJourneys(f"site {i}", examples(n), examples(2)) for i, n in enumerate(sizes)]
+    return Fleet.store(sites, 0, folder / "journeys", folder / "ledgers")
+
+
 @pytest.fixture
 def fleet(tmp_path: Path) -> Fleet:
-    sites = [SiteJourneys(f"site {i}", examples(n), examples(2)) for i, n in enumerate(SIZES)]
-    return Fleet.store(sites, 0, tmp_path / "journeys", tmp_path / "ledgers")
+    return fleet_of(tmp_path, SIZES)
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long each sleep of this process was to be."""
+    slept: list[float] = []
+    sleep = time.sleep
+
+    def note(seconds: float) -> None:
+        slept.append(seconds)
+        sleep(seconds)
+
+    monkeypatch.setattr("simulation.workers.time.sleep", note)
+    return slept
 
 
 def longest(sizes: list[int], pinned: Iterable[int]) -> int:
@@ -204,6 +223,70 @@ def test_what_a_dying_worker_had_not_begun_is_answered_by_the_next(fleet: Fleet)
         update = read_replies(from_records(replies[node].content))["train"]
         assert isinstance(update, SiteUpdate)
         assert update.site == f"site {node - 1}"
+
+
+MANY = 60
+
+
+def train(fleet: Fleet, model: str = "logistic", fault: Fault | None = None) -> list[Message]:
+    """The replies of all sites, in two processes, in the order of sites; 31 has the fault."""
+    config = load(["debug=tiny", f"model={model}", "privacy=unprotected"])
+    plan = replace(first_plan(config, "run"), round=1)
+    records = to_records(request_parts(Request({"train": plan}, initial_weights(config))))
+    faults = Faults(((30, 1, fault),) if fault else ())
+    with LocalGrid(fleet, workers=2, faults=faults) as grid:
+        nodes = grid.get_node_ids()
+        messages = [Message(records, node, "train", group_id="1", ttl=60.0) for node in nodes]
+        replies = list(grid.send_and_receive(messages, timeout=120.0))
+    return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
+
+def trained(reply: Message) -> str:
+    update = read_replies(from_records(reply.content))["train"]
+    assert isinstance(update, SiteUpdate)
+    return update.site
+
+
+@pytest.mark.slow
+def test_replies_of_many_sites_are_taken_in_several_at_a_time(
+    tmp_path: Path, naps: list[float]
+) -> None:
+    replies = train(fleet_of(tmp_path, [3] * MANY))
+
+    assert [trained(reply) for reply in replies] == [f"site {i}" for i in range(MANY)]
+    assert naps
+    assert max(naps) <= simulation.workers._LONGEST_NAP_S
+
+
+@pytest.mark.slow
+def test_replies_of_few_sites_are_taken_in_at_once(fleet: Fleet, naps: list[float]) -> None:
+    replies = train(fleet)
+
+    assert [trained(reply) for reply in replies] == ["site 0", "site 1", "site 2"]
+    assert naps == []
+
+
+@pytest.mark.slow
+def test_replies_for_which_there_is_no_room_are_taken_in_at_once(
+    tmp_path: Path, naps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simulation.workers._ROOM", 2**12)
+
+    replies = train(fleet_of(tmp_path, [3] * MANY), "mlp")
+
+    assert [trained(reply) for reply in replies] == [f"site {i}" for i in range(MANY)]
+    # One reply is larger than all that may lie.
+    assert len(from_records(replies[0].content).weights or b"") > 2**12
+    assert naps == []
+
+
+@pytest.mark.slow
+def test_a_crash_among_many_sites_costs_one(tmp_path: Path) -> None:
+    replies = train(fleet_of(tmp_path, [3] * MANY), fault=Fault.CRASH)
+
+    assert replies[30].error.reason == "the site's process died"
+    del replies[30]
+    assert [trained(reply) for reply in replies] == [f"site {i}" for i in range(MANY) if i != 30]
 
 
 @pytest.mark.slow
