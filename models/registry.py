@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from conf.schema import (
     AttentionConfig,
@@ -39,7 +43,7 @@ def build(config: ModelConfig, spec: FeatureSpec) -> nn.Module:
 
 def shapes(config: ModelConfig, spec: FeatureSpec) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter of a model of `config`, however large, at no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         return {name: tuple(v.shape) for name, v in build(config, spec).state_dict().items()}
 
 
@@ -50,3 +54,19 @@ def initial_weights(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_weights(build(config, spec))
+
+
+class _Unfilled(TorchFunctionMode):
+    """Draws no weights: for tensors without memory torch would load its compiler to do so, which
+    takes a second and 60 MB.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        return given["tensor"] if func is nn.init.normal_ else func(*args, **given)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 
-import torch._dynamo
-
 import privacy.engines
 import simulation.fleet_app
 
-__all__ = ["privacy", "simulation", "torch"]
+__all__ = ["privacy", "simulation"]
 
 # What a worker's garbage collector does not look at, stays one copy in memory for all of them.
 gc.collect()

@@ -500,7 +500,4 @@ class Watched:
 
 
 if __name__ == "__main__":
-    # torch imports it when it makes its first optimizer, which takes a second.
-    import torch._dynamo
-
     fork_sites(socket.socket(fileno=int(sys.argv[1])))
