@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import multiprocessing
+import os
 import select
 import sys
 import time
@@ -32,11 +33,11 @@ _Task = tuple[int, Message]
 _AHEAD = 24
 """Messages that a process has: one that it answers, and more that it need not wait for."""
 
-_LONGEST_NAP_S = 0.012
-"""So long replies may lie where processes have enough to do."""
+_TOGETHER = 8
+"""Replies that a process sends before it tells of them, as long as it has more to do."""
 
 _ROOM = 2**20
-"""Bytes of replies that may lie, as far as the system lets them."""
+"""Bytes of replies that may lie until they are read, as far as the system lets them."""
 
 
 class InlineWorker:
@@ -91,8 +92,6 @@ class ProcessWorker:
         self._waiting: deque[_Task] = deque()
         self._sent: deque[_Task] = deque()
         self._came = select.poll()
-        self._pace = self._since = 0.0
-        """Seconds that a reply took, and when the last one came."""
         self._start()
 
     def send(self, index: int, message: Message) -> None:
@@ -105,27 +104,18 @@ class ProcessWorker:
         """Whether a reply is to come."""
         return bool(self._sent)
 
-    @property
-    def ease(self) -> float:
-        """Seconds for which it need not be looked after: half of what it has takes so long."""
-        if len(self._sent) < _AHEAD / 3 or _AHEAD * self._reply_bytes > self._room:
-            return 0.0
-        return self._pace * len(self._sent) / 2
-
     def fileno(self) -> int:
         """What can be read from once there is something to take in."""
-        return self._replies.fileno()
+        # To wake up for each reply costs as much as to read it.
+        may_lie = _TOGETHER * self._reply_bytes <= self._room
+        return (self._bell if may_lie else self._replies).fileno()
 
     def take_in(self) -> None:
         """Deliver the replies that have come, or an error if the time of the next one is over."""
-        replies = 0
+        with suppress(BlockingIOError):
+            os.read(self._bell.fileno(), select.PIPE_BUF)
         while self.busy and self._came.poll(0):
             self._receive(has_come=True)
-            replies += 1
-        if replies:
-            now = time.monotonic()
-            self._pace = (now - self._since) / replies
-            self._since = now
         if self.busy and _time_left(self._sent[0][1]) <= 0:
             self._receive(has_come=False)
         self._send_ahead()
@@ -135,8 +125,8 @@ class ProcessWorker:
         self._process.kill()
         self._process.join()
         self._came.unregister(self._replies)
-        self._requests.close()
-        self._replies.close()
+        for pipe in (self._requests, self._replies, self._bell):
+            pipe.close()
 
     def _start(self) -> None:
         # Not fork: a fork of a process with threads (polars, torch) may hang. The fork server loads
@@ -145,24 +135,24 @@ class ProcessWorker:
         context.set_forkserver_preload(["simulation.preload"])
         requests, self._requests = context.Pipe(duplex=False)
         self._replies, replies = context.Pipe(duplex=False)
+        self._bell, bell = context.Pipe(duplex=False)
+        os.set_blocking(self._bell.fileno(), False)
         self._room = _widen(replies)
         self._reply_bytes = 0
-        self._pace = 0.0
         self._came.register(self._replies, select.POLLIN)
+        theirs = requests, replies, bell
         process = context.Process(
-            target=_run_worker, args=(requests, replies, self._fleet, self._faults), daemon=True
+            target=_run_worker, args=(*theirs, self._fleet, self._faults), daemon=True
         )
         process.start()
         self._process = process
         self._content: RecordDict | None = None
-        requests.close()
-        replies.close()
+        for pipe in theirs:
+            pipe.close()
 
     def _send_ahead(self) -> None:
         """Hand over the next messages. They share their content, which is sent once."""
         tasks = []
-        if not self._sent:
-            self._since = time.monotonic()
         while self._waiting and len(self._sent) < _AHEAD:
             index, message = self._waiting[0]
             known = message.content is self._content
@@ -204,11 +194,7 @@ class ProcessWorker:
 
 def take_in(workers: Sequence[ProcessWorker], seconds: float) -> None:
     """Let `workers` deliver what has come; wait for a first reply at most so long."""
-    busy = [worker for worker in workers if worker.busy]
-    # To wake up for each reply costs as much as to read it.
-    if ease := min((worker.ease for worker in busy), default=0.0):
-        time.sleep(min(ease, _LONGEST_NAP_S))
-    poll = select.poll()
+    poll, busy = select.poll(), [worker for worker in workers if worker.busy]
     for worker in busy:
         poll.register(worker, select.POLLIN)
     poll.poll(1000 * seconds)
@@ -230,21 +216,33 @@ def _size(content: RecordDict) -> int:
     return len(from_records(content).weights or b"") + 2**13
 
 
-def _run_worker(requests: Connection, replies: Connection, fleet: Fleet, faults: Faults) -> None:
-    """Serve `requests` until they end: lists of a site's index and a message, each with a reply."""
+def _run_worker(
+    requests: Connection, replies: Connection, bell: Connection, fleet: Fleet, faults: Faults
+) -> None:
+    """Serve `requests` until they end: lists of a site's index and a message, each with a reply.
+
+    A byte on `bell` says that there are replies.
+    """
     answers: list[Message] = []
     worker = InlineWorker(fleet, faults, answers.append)
     content = RecordDict()
+    more = select.poll()
+    more.register(requests, select.POLLIN)
+    untold = 0
     while True:
         try:
             tasks = requests.recv()
         except EOFError:
             return
-        for index, metadata, new in tasks:
+        for left, (index, metadata, new) in zip(reversed(range(len(tasks))), tasks, strict=True):
             content = content if new is None else new
             # By its metadata: what is no reply is else stamped as this process's own.
             message: Message = cast(Any, Message)(content=content, metadata=metadata)
             replies.send(worker.answer(index, message))
+            untold += 1
+            if untold == _TOGETHER or not (left or more.poll(0)):
+                os.write(bell.fileno(), b".")
+                untold = 0
 
 
 def _time_left(message: Message) -> float:
