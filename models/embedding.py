@@ -113,7 +113,7 @@ def _vocabulary(spec: FeatureSpec) -> int:
 def _offsets(spec: FeatureSpec) -> Tensor:
     """int64 (C,): the first row of each categorical feature in the common table."""
     sizes = [size for _, size in spec.categorical]
-    # Not by torch's cumsum: on the meta device it loads torch's compiler, a second and 60 MB.
+    # Not by torch's cumsum: on the meta device it loads torch's compiler (`models.registry`).
     return torch.tensor(list(itertools.accumulate(sizes[:-1], initial=0)))
 
 

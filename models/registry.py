@@ -58,7 +58,7 @@ def initial_weights(
 
 class _Unfilled(TorchFunctionMode):
     """Draws no weights: for tensors without memory torch would load its compiler to do so, which
-    takes a second and 60 MB.
+    takes 0.4 s and 22 MB beside Opacus, and 1 s and 71 MB without.
     """
 
     def __torch_function__(

@@ -114,9 +114,7 @@ class Federation:
         answers: dict[int, dict[str, Reply | SiteFailure]] = {}
         messages = self._messages(request, kind, nodes, timeout)
         for node, message in self._exchange(messages, timeout):
-            # The first reply of a site counts; another one is dropped unread.
-            if node not in answers:
-                answers[node] = self._read(node, message, request)
+            answers[node] = self._read(node, message, request)
         for node, description in nodes.items():
             missing = SiteFailure(description.site, "missing", f"no reply in {timeout:.0f} s")
             answers.setdefault(node, dict.fromkeys(request.plans, missing))
@@ -134,8 +132,7 @@ class Federation:
         messages = [Message(records, node, kind, group_id=run, ttl=timeout) for node in present]
         answers: dict[int, SiteReceipt | SiteFailure] = {}
         for node, message in self._exchange(messages, timeout):
-            if node not in answers:
-                answers[node] = self._receipt(node, message, run)
+            answers[node] = self._receipt(node, message, run)
         for node in self._admitted or present:
             reason = f"no reply in {timeout:.0f} s" if node in present else "not connected"
             answers.setdefault(node, SiteFailure(self._name(node), "missing", reason))
@@ -311,7 +308,10 @@ class _Calls:
             self._due.append((due, messages))
 
     def receive(self) -> list[tuple[int, Message]]:
-        """What has come: of each node that answered the first reply, or the SuperLink's for it."""
+        """What has come: of each node that answered the first reply, or the SuperLink's for it.
+
+        A second one of the same node is dropped unread.
+        """
         for due in [one for one in self._due if one[0] < time.monotonic()]:
             self._due.remove(due)
             self._repeat(due[1])
@@ -322,11 +322,10 @@ class _Calls:
             if node is None or reply.metadata.src_node_id not in (node, SUPERLINK_NODE_ID):
                 continue
             del self._open[id_]
-            other = self._other.get(id_)
+            other = self._other.get(id_, id_)
             if other in self._open and _is_expired(reply):
                 continue
-            if other is not None:
-                self._open.pop(other, None)
+            self._open.pop(other, None)
             replies.append((node, reply))
         return replies
 

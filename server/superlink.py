@@ -44,7 +44,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.retry import RetryInvoker, constant, exponential
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
@@ -204,13 +204,9 @@ class _Grid(HttpGrid):
 
         It says so, too, of an object that it has stored without its answer coming through.
         """
-        messages = list(messages)
-        for _ in range(_PUSHES - 1):
-            try:
-                return super()._try_push_messages(run_id, messages)
-            except ObjectPushError:
-                continue
-        return super()._try_push_messages(run_id, messages)
+        again = RetryInvoker(lambda: constant(0), ObjectPushError, max_tries=_PUSHES, max_time=None)
+        ids: list[str] = again.invoke(super()._try_push_messages, run_id, messages)
+        return ids
 
     def end(self, status: str, details: str) -> None:
         """Tell the SuperLink that the run is over, if it is there to hear it."""

@@ -234,13 +234,14 @@ def _run_worker(
             tasks = requests.recv()
         except EOFError:
             return
-        for left, (index, metadata, new) in zip(reversed(range(len(tasks))), tasks, strict=True):
+        while tasks:
+            index, metadata, new = tasks.pop(0)
             content = content if new is None else new
             # By its metadata: what is no reply is else stamped as this process's own.
             message: Message = cast(Any, Message)(content=content, metadata=metadata)
             replies.send(worker.answer(index, message))
             untold += 1
-            if untold == _TOGETHER or not (left or more.poll(0)):
+            if untold == _TOGETHER or not (tasks or more.poll(0)):
                 os.write(bell.fileno(), b".")
                 untold = 0
 

@@ -206,9 +206,7 @@ def test_what_a_dying_worker_had_not_begun_is_answered_by_the_next(fleet: Fleet)
 
     assert replies[2].error.reason == "the site's process died"
     for node in (1, 3):
-        update = read_replies(from_records(replies[node].content))["train"]
-        assert isinstance(update, SiteUpdate)
-        assert update.site == f"site {node - 1}"
+        assert trained(replies[node]) == f"site {node - 1}"
 
 
 MANY = 60
